@@ -1,0 +1,172 @@
+"""One line per tensor: where each of our tensors comes from, and how it is cut and fused.
+
+A table is a list of ``Rule``. ``fill`` walks it against a source, one output tensor at a time, and insists that every
+rule finds its sources and every source is used; what is left over on either side is an error that lists names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from jeagle.config import BlockConfig
+
+__all__ = ["ConversionError", "Description", "Rule", "Source", "block_rules", "fill", "norm", "plain", "transposed"]
+
+
+class ConversionError(ValueError):
+    """A source that cannot be converted, said in one sentence that names the file or tensor and the mend."""
+
+
+class Source(Protocol):
+    """Named tensors that are read one by one."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as stored (float32, float16, bfloat16 through ml_dtypes, or an integer or bool type)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """``target`` (dotted path of the module state) = make(*sources)."""
+
+    target: str
+    sources: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+    make: Callable[..., np.ndarray]
+    integer: bool = False  # integers stay integers (int32); everything else takes the checkpoint's dtype
+
+
+@dataclass(frozen=True)
+class Description:
+    """A foreign source understood: our config, a rule per tensor, tensors left unused, lines for the CLI to print."""
+
+    config: BlockConfig
+    rules: list[Rule]
+    ignore: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def plain(target: str, source: str, *shape: int) -> Rule:
+    """Taken as it is."""
+    return Rule(target=target, sources=(source,), source_shapes=(shape,), make=lambda x: x)
+
+
+def norm(target: str, source: str, width: int) -> Rule:
+    return plain(f"{target}.scale", f"{source}.weight", width)
+
+
+def transposed(target: str, source: str, inputs: int, outputs: int) -> Rule:
+    """torch Linear [out, in] -> ours [in, out]."""
+    return Rule(target=target, sources=(source,), source_shapes=((outputs, inputs),), make=lambda x: x.T)
+
+
+def block_rules(
+    config: BlockConfig,
+    target: str,
+    source: str,
+    *,
+    input_width: int | None = None,
+    attn_norm: str | None = "input_layernorm",
+) -> Iterator[Rule]:
+    """One transformer block, from HF names under ``source`` to ours under ``target`` (``jeagle/layers.py``)."""
+    D, K, G, H, F = config.width, config.num_kv_heads, config.queries_per_kv, config.head_dim, config.mlp_width
+    I = input_width or D  # noqa: E741
+    attn, mlp = f"{source}.self_attn", f"{source}.mlp"
+
+    def fuse_qkv(q, k, v):  # [N*H, I], [K*H, I], [K*H, I] -> [I, K, G+2, H]; biases lack the I axis
+        heads = [x.reshape(K, g, H, *x.shape[1:]) for x, g in ((q, G), (k, 1), (v, 1))]
+        fused = np.concatenate(heads, axis=1)
+        return np.moveaxis(fused, 3, 0) if fused.ndim == 4 else fused
+
+    def fuse_gate_up(gate, up):  # [F, D] twice -> [D, 2, F]; biases [F] twice -> [2, F]
+        fused = np.stack([gate, up])
+        return np.moveaxis(fused, 2, 0) if fused.ndim == 3 else fused
+
+    if attn_norm is not None:
+        yield norm(f"{target}.attn_norm", f"{source}.{attn_norm}", D)
+    qkv = tuple(f"{attn}.{x}_proj" for x in "qkv")
+    rows = (K * G * H, K * H, K * H)
+    yield Rule(
+        target=f"{target}.qkv.kernel",
+        sources=tuple(f"{x}.weight" for x in qkv),
+        source_shapes=tuple((r, I) for r in rows),
+        make=fuse_qkv,
+    )
+    yield Rule(
+        target=f"{target}.out.kernel",
+        sources=(f"{attn}.o_proj.weight",),
+        source_shapes=((D, K * G * H),),
+        make=lambda x: x.T.reshape(K, G, H, D),
+    )
+    yield norm(f"{target}.mlp_norm", f"{source}.post_attention_layernorm", D)
+    yield Rule(
+        target=f"{target}.gate_up.kernel",
+        sources=(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
+        source_shapes=((F, D), (F, D)),
+        make=fuse_gate_up,
+    )
+    yield transposed(f"{target}.down.kernel", f"{mlp}.down_proj.weight", F, D)
+    if config.attention_bias:
+        yield Rule(
+            target=f"{target}.qkv.bias",
+            sources=tuple(f"{x}.bias" for x in qkv),
+            source_shapes=tuple((r,) for r in rows),
+            make=fuse_qkv,
+        )
+        yield plain(f"{target}.out.bias", f"{attn}.o_proj.bias", D)
+    if config.mlp_bias:
+        yield Rule(
+            target=f"{target}.gate_up.bias",
+            sources=(f"{mlp}.gate_proj.bias", f"{mlp}.up_proj.bias"),
+            source_shapes=((F,), (F,)),
+            make=fuse_gate_up,
+        )
+        yield plain(f"{target}.down.bias", f"{mlp}.down_proj.bias", D)
+
+
+def fill(rules: list[Rule], source: Source, *, ignore: Iterable[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (our path, array) rule by rule; nothing is read before names and shapes of the whole table agree.
+
+    ``ignore`` names source tensors that may be left unused (rotary tables, t2d).
+    Raises ConversionError listing missing, unused or misshaped tensors, and NaN or inf by tensor name.
+    """
+    names = set(source.names())
+    wanted = {name for rule in rules for name in rule.sources}
+    missing, unused = sorted(wanted - names), sorted(names - wanted - set(ignore))
+    if missing or unused:
+        raise ConversionError(
+            f"the checkpoint's tensors do not match its config: missing {_some(missing)}; not used {_some(unused)}"
+        )
+    for rule in rules:
+        for name, shape in zip(rule.sources, rule.source_shapes, strict=True):
+            if tuple(source.shape(name)) != shape:
+                raise ConversionError(f"tensor {name} has shape {tuple(source.shape(name))}, the config says {shape}")
+    for rule in rules:
+        arrays = [source.read(name) for name in rule.sources]
+        for name, array in zip(rule.sources, arrays, strict=True):
+            if rule.integer != bool(np.issubdtype(array.dtype, np.integer)):
+                raise ConversionError(
+                    f"tensor {name} has dtype {array.dtype}, expected {'integers' if rule.integer else 'floats'}"
+                )
+            if not rule.integer and not _finite(array):
+                raise ConversionError(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
+        yield rule.target, rule.make(*arrays)
+
+
+def _finite(array: np.ndarray) -> bool:
+    rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array[None]
+    step = max(1, (1 << 24) // max(1, rows.shape[1]))  # pieces of 16M elements: no full-size temporary
+    return all(bool(np.isfinite(rows[i : i + step]).all()) for i in range(0, len(rows), step))
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{more}"

@@ -1,0 +1,54 @@
+"""``attend``: the one attention function, and the registry of what can compute it.
+
+A named implementation never falls back silently; "auto" picks by platform. An implementation that cannot serve a shape
+raises NotImplementedError naming the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from jeagle.cache import Prefix
+from pallas_kernels import tree_attention_xla
+
+__all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
+
+# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B) -> out_BTKGH
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": tree_attention_xla.tree_attention}
+
+
+def resolve(name: str) -> str:
+    """The implementation that serves ``name``. "auto" is XLA until a kernel is measured to beat it."""
+    if name == "auto":
+        return "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
+    return name
+
+
+def attend(
+    q_BTKGH: jax.Array,
+    k_BUKH: jax.Array,
+    v_BUKH: jax.Array,
+    suffix_mask: jax.Array,
+    layer: tuple[jax.Array, jax.Array],
+    prefix: Prefix,
+    *,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attention of T new positions over a committed prefix (no mask) and a suffix of U >= T new positions (mask).
+
+    Args:
+      q_BTKGH: queries, rotated, not yet scaled. k_BUKH, v_BUKH: the suffix's keys and values.
+      suffix_mask: bool [B or 1, T, U].
+      layer: this layer's pages. prefix: which cached positions each row sees.
+
+    Returns [B, T, K, G, H] in q's dtype: softmax over prefix and suffix together, merged by log-sum-exp in float32
+    (arXiv:2508.08192, tree attention). A query that sees nothing gets zeros.
+    """
+    compute = IMPLEMENTATIONS[resolve(implementation)]
+    return compute(
+        q_BTKGH, k_BUKH, v_BUKH, suffix_mask, *layer, prefix.page_table_BM, prefix.start_B, prefix.length_B
+    )

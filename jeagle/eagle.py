@@ -1,0 +1,141 @@
+"""The EAGLE head: EAGLE-1/2, HASS and Meta's multi-layer dense head (``concat``), EAGLE-3 and 3.1 (``attention``).
+
+Position i of the head pairs the target's feature at i with the token at i+1 and predicts the token at i+2: the
+"first-token shift" of arXiv:2401.15077. Whoever calls does the pairing; this module sees aligned arrays.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jeagle.attention import attend
+from jeagle.cache import KVCache, NewKV, Prefix
+from jeagle.config import EagleConfig
+from jeagle.layers import Block, RMSNorm, linear, rope_angles
+from jeagle.llama import Llama
+
+__all__ = ["EagleHead", "HeadForward", "TokenMap"]
+
+
+class TokenMap(nnx.Variable):
+    """Integer tables that belong to a checkpoint but are no weights: never cast, never trained."""
+
+
+class HeadForward(NamedTuple):
+    feature_BTD: jax.Array  # what the next drafting step takes as its feature
+    hidden_BTD: jax.Array  # what the LM head reads
+    new_kv: list[NewKV]  # per layer (k_BTKH, v_BTKH) of the T positions
+
+
+class EagleHead(nnx.Module):
+    def __init__(self, config: EagleConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        D, eps = config.width, config.norm_eps
+        concat = config.fusion == "concat"
+        normal = nnx.initializers.normal(0.02)
+
+        def norm(width: int, wanted: bool) -> RMSNorm | None:
+            return RMSNorm(width, eps, dtype=dtype) if wanted else None
+
+        self.embed = nnx.Param(normal(rngs.params(), (config.vocab_size, D), dtype)) if config.own_embedding else None
+        fc_width = 2 * D if concat else config.feature_width
+        self.fc = linear("BTX,XD->BTD", (fc_width, D), (D,) if config.fc_bias else None, dtype=dtype, rngs=rngs)
+        each, joint = config.tap_norm == "each", config.tap_norm == "joint"
+        self.tap_norms = (
+            nnx.List([RMSNorm(config.target_width, eps, dtype=dtype) for _ in config.taps]) if each else None
+        )
+        self.tap_norm = norm(config.feature_width, joint)
+        self.embed_norm = norm(D, not concat or config.input_norms)
+        self.hidden_norm = norm(D, not concat or config.input_norms)
+        self.blocks = nnx.List(
+            [
+                Block(
+                    config,
+                    input_width=2 * D if i == 0 and not concat else D,
+                    attn_norm=i > 0 or (concat and config.first_block_norm),
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+                for i in range(config.num_layers)
+            ]
+        )
+        self.norm = norm(D, config.final_norm)
+        self.lm_head = (
+            nnx.Param(normal(rngs.params(), (D, config.draft_vocab_size), dtype)) if config.own_lm_head else None
+        )
+        # Absolute target ids [W] (checkpoints store offsets; the converter adds them up).
+        self.draft_to_target = (
+            TokenMap(jnp.arange(config.draft_vocab_size, dtype=jnp.int32)) if config.reduced_vocabulary else None
+        )
+
+    def fuse(self, feature_BTX: jax.Array) -> jax.Array:
+        """What the target hands over [B, T, X] to the head's feature [B, T, D]. EAGLE-1 takes it as it is."""
+        if self.config.fusion == "concat":
+            return feature_BTX
+        if self.tap_norms is not None:
+            taps = jnp.split(feature_BTX, len(self.tap_norms), axis=-1)
+            feature_BTX = jnp.concatenate([n(t) for n, t in zip(self.tap_norms, taps, strict=True)], axis=-1)
+        if self.tap_norm is not None:
+            feature_BTX = self.tap_norm(feature_BTX)
+        return self.fc(feature_BTX)
+
+    def __call__(
+        self,
+        token_BT: jax.Array,
+        feature_BTD: jax.Array,
+        position_BT: jax.Array,
+        suffix_mask: jax.Array,
+        cache: KVCache,
+        prefix: Prefix,
+        *,
+        target: Llama,
+        earlier: list[NewKV] | None = None,
+        attention: str = "auto",
+    ) -> HeadForward:
+        """Run T positions of the head.
+
+        Args:
+          token_BT: target ids of the tokens *after* each feature. feature_BTD: ``fuse``d or the head's own output.
+          suffix_mask: bool [B or 1, T, U+T] over the U positions of ``earlier`` and then the T of this call.
+          earlier: keys and values of uncommitted positions that came before (pending rows, upper tree levels).
+          target: lends its embedding where the head has none.
+        """
+        config = self.config
+        embed = target.embed if self.embed is None else self.embed
+        e_BTD = embed[...][token_BT]
+        attn_input = None
+        if config.fusion == "concat":
+            f_BTD = feature_BTD
+            if self.embed_norm is not None and self.hidden_norm is not None:
+                e_BTD, f_BTD = self.embed_norm(e_BTD), self.hidden_norm(f_BTD)
+            x_BTD = self.fc(jnp.concatenate([e_BTD, f_BTD.astype(e_BTD.dtype)], axis=-1))
+        else:
+            assert self.embed_norm is not None and self.hidden_norm is not None
+            normed_BTD = self.hidden_norm(feature_BTD)
+            x_BTD = normed_BTD if config.norm_before_residual else feature_BTD
+            attn_input = jnp.concatenate([self.embed_norm(e_BTD), normed_BTD], axis=-1)
+
+        rope = rope_angles(config, position_BT)
+        new_kv: list[NewKV] = []
+        for i, block in enumerate(self.blocks):
+
+            def attend_layer(q, k, v, layer=i):
+                if earlier is not None:
+                    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(earlier[layer], (k, v), strict=True))
+                return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
+
+            x_BTD, kv = block(x_BTD, rope, attend_layer, attn_input)
+            attn_input = None
+            new_kv.append(kv)
+        hidden_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        return HeadForward(hidden_BTD if config.norm_output else x_BTD, hidden_BTD, new_kv)
+
+    def logits(self, hidden: jax.Array, target: Llama) -> jax.Array:
+        """LM head over [..., D], float32 [..., W] in the draft vocabulary."""
+        if self.lm_head is None:
+            return target.logits(hidden)
+        return jnp.einsum("...D,DW->...W", hidden, self.lm_head[...], preferred_element_type=jnp.float32)

@@ -1,0 +1,126 @@
+"""Leaf modules of every model here: RMSNorm, rotary embedding, and the block that targets and EAGLE heads share.
+
+Weights are stored fused and shard-safe: ``qkv [D, K, G+2, H]`` keeps each kv head beside its queries, so a mesh may
+split K; ``gate_up [D, 2, F]`` may be split on F. Norms, rotary angles and softmax are float32 whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jeagle.config import BlockConfig
+
+__all__ = ["Block", "RMSNorm", "Rope", "rope_frequencies", "rotate"]
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q_BTKGH, k_BTKH, v_BTKH) -> out_BTKGH
+Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32 and returned in x's dtype."""
+
+    def __init__(self, width: int, eps: float, *, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        # HF rounds to the storage dtype before scaling; doing the same keeps bf16 logits comparable.
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+def rope_frequencies(config: BlockConfig) -> np.ndarray:
+    """Rotary frequencies [H/2], float32, with ``rope_scaling`` applied.
+
+    llama3 (HF ``_compute_llama3_parameters``): wavelengths under original/high stay, those over original/low are divided
+    by ``factor``, and between them the two are blended by s = (original/wavelength - low) / (high - low).
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    frequency = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return (frequency / scaling.factor).astype(np.float32)
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_position / wavelength - low) / (high - low)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
+
+
+def rope_angles(config: BlockConfig, position_BT: jax.Array) -> Rope:
+    """cos and sin, each [B, T, H/2] float32. Made once per forward and used by every layer."""
+    angle_BTR = position_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angle_BTR), jnp.sin(angle_BTR)
+
+
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Rotate the two halves of the last axis (HF's half-split layout). x is [B, T, ..., H]."""
+    cos, sin = (jnp.expand_dims(a, tuple(range(2, x.ndim - 1))) for a in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def linear(equation: str, kernel_shape: tuple[int, ...], bias_shape: tuple[int, ...] | None, *, dtype, rngs):
+    """An einsum with a kernel and, when ``bias_shape`` is given, a bias."""
+    return nnx.Einsum(
+        equation,
+        kernel_shape,
+        bias_shape,
+        param_dtype=dtype,
+        kernel_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and gated MLP (Llama). ``input_width`` is 2D in EAGLE-3's first block, else D."""
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        input_width: int | None = None,
+        attn_norm: bool = True,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        D, K, G, H, F = config.width, config.num_kv_heads, config.queries_per_kv, config.head_dim, config.mlp_width
+        attn_bias, mlp_bias = config.attention_bias, config.mlp_bias
+        make = dict(dtype=dtype, rngs=rngs)
+        self.attn_norm = RMSNorm(D, config.norm_eps, dtype=dtype) if attn_norm else None
+        qkv_bias = (K, G + 2, H) if attn_bias else None
+        self.qkv = linear("BTD,DKJH->BTKJH", (input_width or D, K, G + 2, H), qkv_bias, **make)
+        self.out = linear("BTKGH,KGHD->BTD", (K, G, H, D), (D,) if attn_bias else None, **make)
+        self.mlp_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
+        self.gate_up = linear("BTD,DCF->BTCF", (D, 2, F), (2, F) if mlp_bias else None, **make)
+        self.down = linear("BTF,FD->BTD", (F, D), (D,) if mlp_bias else None, **make)
+        self.queries_per_kv = G
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: Rope, attend: Attend, attn_input: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Returns the residual stream and this block's new (k, v), each [B, T, K, H], keys rotated.
+
+        ``attn_input`` [B, T, input_width] replaces the normed residual stream as what attention reads (EAGLE-3).
+        """
+        if attn_input is None:
+            attn_input = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
+        qkv_BTKJH = self.qkv(attn_input)
+        G = self.queries_per_kv
+        q_BTKGH = rotate(qkv_BTKJH[..., :G, :], rope)
+        k_BTKH = rotate(qkv_BTKJH[..., G, :], rope)
+        v_BTKH = qkv_BTKJH[..., G + 1, :]
+        x_BTD = x_BTD + self.out(attend(q_BTKGH, k_BTKH, v_BTKH))
+        gate_up_BTCF = self.gate_up(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.down(jax.nn.silu(gate_up_BTCF[:, :, 0]) * gate_up_BTCF[:, :, 1])
+        return x_BTD, (k_BTKH, v_BTKH)

@@ -1,0 +1,192 @@
+"""How the target chooses a token: filtered logits plus position-keyed noise, and an argmax.
+
+The token of request r at position p is ``argmax_v(warp(logits)_v + gumbel(seed_r, p, v))``; greedy is the same without
+noise. The noise is counter-based (threefry on (position, token) under the request's key), so that of one token can be
+computed alone, by any shard and in any order. The text therefore depends on the seed and the target alone, never on what
+was drafted or on the other rows of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
+
+__all__ = ["Filters", "RowSampling", "SamplingParams", "choose", "gumbel", "warp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What to generate for one prompt. Names and meanings follow vLLM.
+
+    max_tokens: most tokens to emit. temperature: 0 is greedy. top_k: 0 or -1 is off. top_p: 1 is off. min_p: 0 is off.
+    seed: None draws one. n: independent samples per prompt. stop: strings that end the text, not included in it.
+    stop_token_ids: ids that end it beside the model's EOS, included in token_ids. ignore_eos: go on after EOS.
+    logprobs: log-probabilities of the chosen and of this many best tokens, by the unwarped target.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+
+        def check(ok: bool, field: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} must be {rule}, got {getattr(self, field)!r}")
+
+        def whole(value: object, low: int, high: float = math.inf) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+        def real(value: object, low: float, high: float) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+        check(whole(self.max_tokens, 1), "max_tokens", "a whole number of at least 1")
+        check(real(self.temperature, 0, 1e6), "temperature", "0 (greedy) or a positive number")
+        check(whole(self.top_k, 0, 2**31 - 1), "top_k", "0 or -1 (off) or a positive whole number")
+        check(real(self.top_p, 0, 1) and self.top_p > 0, "top_p", "above 0 and at most 1 (off)")
+        check(real(self.min_p, 0, 1), "min_p", "from 0 (off) to 1")
+        check(self.seed is None or whole(self.seed, 0, 2**64 - 1), "seed", "None or a whole number from 0 to 2**64 - 1")
+        check(whole(self.n, 1), "n", "a whole number of at least 1")
+        check(all(isinstance(s, str) and s for s in self.stop), "stop", "non-empty strings")
+        check(all(whole(t, 0) for t in self.stop_token_ids), "stop_token_ids", "token ids, each 0 or more")
+        check(self.logprobs is None or whole(self.logprobs, 0, 20), "logprobs", "None or a whole number from 0 to 20")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowSampling:
+    """Sampling parameters as arrays, one entry per row."""
+
+    seed_B2: jax.Array  # uint32: the row's threefry key
+    temperature_B: jax.Array  # float32, 0 greedy
+    top_k_B: jax.Array  # int32, 0 off
+    top_p_B: jax.Array  # float32, 1 off
+    min_p_B: jax.Array  # float32, 0 off
+
+    @classmethod
+    def stack(cls, params: list[SamplingParams], seeds: np.ndarray) -> RowSampling:
+        """seeds: uint32 [B, 2]."""
+
+        def column(field: str, dtype: type) -> jax.Array:
+            return jnp.asarray(np.array([getattr(p, field) for p in params], dtype))
+
+        return cls(
+            jnp.asarray(seeds),
+            column("temperature", np.float32),
+            column("top_k", np.int32),
+            column("top_p", np.float32),
+            column("min_p", np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which parts of the warp a compiled program holds; what no row uses is not computed."""
+
+    sample: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+
+    @classmethod
+    def needed(cls, params: list[SamplingParams]) -> Filters:
+        sampled = [p for p in params if p.temperature > 0]
+        return cls(
+            sample=bool(sampled),
+            top_k=any(p.top_k for p in sampled),
+            top_p=any(p.top_p < 1 for p in sampled),
+            min_p=any(p.min_p > 0 for p in sampled),
+        )
+
+
+def seed_keys(seed: int | None, n: int) -> np.ndarray:
+    """Threefry keys, uint32 [n, 2], of n samples of one prompt. None draws a seed from the operating system."""
+    return np.random.SeedSequence(seed).generate_state(2 * n, np.uint32).reshape(n, 2)
+
+
+def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.Array:
+    """Gumbel(0, 1) noise of each (request, position, token), float32 [B, T, *].
+
+    token: ids [V] or any shape broadcasting against [B, T, 1]. An element depends on its own three numbers only.
+    """
+    shape = jnp.broadcast_shapes((*position_BT.shape, 1), token.shape)
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x.astype(jnp.uint32), shape)
+
+    keys = (spread(seed_B2[:, i, None, None]) for i in (0, 1))
+    bits, _ = threefry2x32_p.bind(*keys, spread(position_BT[..., None]), spread(token))
+    # Exponential(1) = -log1p(-u). Converting all 32 bits keeps u's relative precision near 0, where the winners of an
+    # argmax lie: a 24-bit uniform would cut the noise off at 17 and starve tokens of probability below 1e-7.
+    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-u))
+
+
+def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
+    """Mask of the elements >= t, t the largest threshold under which the kept weight is at least ``enough``.
+
+    x, weight: [..., V]; enough: [..., 1]. Ties with t are kept, so the result does not depend on the order of tokens.
+    Bisection over the float's ordered bit pattern: 32 passes of compare-and-sum, no sort (a sort of 49,152 logits
+    costs a CPU eight times as much), and exact.
+    """
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal 0.0
+    ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
+    key = jax.lax.bitcast_convert_type(ordered, jnp.uint32)
+
+    def refine(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        kept = jnp.sum(jnp.where(key >= trial, weight, 0), axis=-1, keepdims=True)
+        return jnp.where(kept >= enough, trial, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, refine, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))
+    return key >= threshold
+
+
+def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
+    """Temperature, then top-k, top-p, min-p: HF's order. Dropped tokens become -inf. Greedy rows pass unchanged."""
+    if not filters.sample:
+        return logits_BTV
+    columns = {f.name: getattr(rows, f.name)[:, None, None] for f in dataclasses.fields(rows) if f.name != "seed_B2"}
+    temperature, top_k, top_p, min_p = columns.values()
+    greedy = temperature == 0
+    x = logits_BTV / jnp.where(greedy, 1.0, temperature)
+    if filters.top_k:
+        ones = jnp.ones_like(x, dtype=jnp.int32)
+        # Clamped to the vocabulary: asking for more tokens than there are keeps them all.
+        keep = _keep_largest(x, ones, jnp.minimum(top_k, x.shape[-1])) | (top_k == 0)
+        x = jnp.where(keep, x, -jnp.inf)
+    if filters.top_p:
+        keep = _keep_largest(x, jax.nn.softmax(x, axis=-1), top_p) | (top_p >= 1)
+        x = jnp.where(keep, x, -jnp.inf)
+    if filters.min_p:
+        # p >= min_p * p_max is x >= x_max + log(min_p): no normalisation needed.
+        keep = (x >= jnp.max(x, axis=-1, keepdims=True) + jnp.log(min_p)) | (min_p == 0)
+        x = jnp.where(keep, x, -jnp.inf)
+    return jnp.where(greedy, logits_BTV, x)
+
+
+def choose(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
+    """The target's token at each of ``position_BT`` (the positions being filled), int32 [B, T]."""
+    x = warp(logits_BTV, rows, filters)
+    if filters.sample:
+        noise = gumbel(rows.seed_B2, position_BT, jnp.arange(x.shape[-1]))
+        x = x + jnp.where(rows.temperature_B[:, None, None] == 0, 0.0, noise)
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)

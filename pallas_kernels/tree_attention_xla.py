@@ -1,0 +1,96 @@
+"""Tree attention in plain XLA: the reference every kernel is tested against, and what CPUs run.
+
+Two passes merged by log-sum-exp (arXiv:2508.08192; the prefix/suffix split of xformers' ``tree_attention``): the prefix
+pass walks the paged cache in blocks with an online softmax (FlashAttention-2, Algorithm 1, arXiv:2307.08691) and needs no
+mask but each row's length; the suffix pass is one small masked softmax over the new positions.
+
+Traffic per call: the visible part of the cache once (plus the gathered copy of one block, which stays in a CPU's cache),
+never the whole capacity: the number of blocks walked follows the longest row.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["tree_attention"]
+
+BLOCK = 512  # cache positions per step of the prefix pass
+
+Partial = tuple[jax.Array, jax.Array]  # normalised out_KBTGH and log-sum-exp_KBTG, float32
+
+
+def tree_attention(
+    q_BTKGH: jax.Array,
+    k_BUKH: jax.Array,
+    v_BUKH: jax.Array,
+    suffix_mask: jax.Array,
+    pages_k: jax.Array,
+    pages_v: jax.Array,
+    page_table_BM: jax.Array,
+    start_B: jax.Array,
+    length_B: jax.Array,
+) -> jax.Array:
+    """Softmax attention over cache positions [start, length) and the masked suffix. See ``jeagle.attention.attend``.
+
+    pages_k, pages_v: [K, num_pages, page_size, H]. Slots outside [start, length) may hold anything, NaN included.
+    """
+    q_KBTGH = jnp.moveaxis(q_BTKGH, 2, 0) * jnp.asarray(q_BTKGH.shape[-1] ** -0.5, q_BTKGH.dtype)
+    k_KBUH, v_KBUH = jnp.moveaxis(k_BUKH, 2, 0), jnp.moveaxis(v_BUKH, 2, 0)
+    suffix = _softmax(q_KBTGH, k_KBUH, v_KBUH, suffix_mask[None, :, :, None, :])
+    prefix = _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B)
+    out_KBTGH, _ = _merge(prefix, suffix)
+    return jnp.moveaxis(out_KBTGH, 0, 2).astype(q_BTKGH.dtype)
+
+
+def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B) -> Partial:
+    page_size, M = pages_k.shape[2], page_table_BM.shape[1]
+    pages_per_block = min(M, max(1, BLOCK // page_size))
+    block = pages_per_block * page_size
+    num_blocks = -(-M // pages_per_block)
+    page_table_BM = jnp.pad(page_table_BM, ((0, 0), (0, num_blocks * pages_per_block - M)))
+
+    def one_block(index: jax.Array | int) -> Partial:
+        pages_BJ = lax.dynamic_slice_in_dim(page_table_BM, index * pages_per_block, pages_per_block, axis=1)
+        position_S = index * block + jnp.arange(block, dtype=jnp.int32)
+        seen_BS = (position_S >= start_B[:, None]) & (position_S < length_B[:, None])
+
+        def gather(pages):  # [K, num_pages, page_size, H] -> [K, B, block, H]
+            return pages[:, pages_BJ].reshape(pages.shape[0], pages_BJ.shape[0], block, pages.shape[3])
+
+        v_KBSH = jnp.where(seen_BS[None, :, :, None], gather(pages_v), 0)  # 0 * NaN would be NaN
+        return _softmax(q_KBTGH, gather(pages_k), v_KBSH, seen_BS[None, :, None, None, :])
+
+    if num_blocks == 1:
+        return one_block(0)
+    first = jnp.min(start_B) // block
+    last = (jnp.max(length_B) + block - 1) // block
+    empty = (jnp.zeros(q_KBTGH.shape, jnp.float32), jnp.full(q_KBTGH.shape[:-1], -jnp.inf, jnp.float32))
+    return lax.fori_loop(first, last, lambda i, carry: _merge(carry, one_block(i)), empty)
+
+
+def _softmax(q_KBTGH, k_KBSH, v_KBSH, seen) -> Partial:
+    """Softmax attention over one set of keys; ``seen`` broadcasts against [K, B, T, G, S]."""
+    score_KBTGS = jnp.einsum("KBTGH,KBSH->KBTGS", q_KBTGH, k_KBSH, preferred_element_type=jnp.float32)
+    score_KBTGS = jnp.where(seen, score_KBTGS, -jnp.inf)
+    highest = jnp.max(score_KBTGS, axis=-1, keepdims=True)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # a query that sees nothing: exp(-inf - 0) = 0, not NaN
+    weight_KBTGS = jnp.exp(score_KBTGS - highest)
+    total = jnp.sum(weight_KBTGS, axis=-1, keepdims=True)
+    out_KBTGH = jnp.einsum(
+        "KBTGS,KBSH->KBTGH", weight_KBTGS.astype(v_KBSH.dtype), v_KBSH, preferred_element_type=jnp.float32
+    )
+    return out_KBTGH / jnp.where(total == 0, 1.0, total), (highest + jnp.log(total))[..., 0]
+
+
+def _merge(a: Partial, b: Partial) -> Partial:
+    """Combine attention over two disjoint key sets from their outputs and log-sum-exps."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    highest = jnp.maximum(lse_a, lse_b)
+    shift = jnp.where(highest == -jnp.inf, 0.0, highest)
+    weight_a, weight_b = jnp.exp(lse_a - shift), jnp.exp(lse_b - shift)
+    total = weight_a + weight_b
+    share = 1.0 / jnp.where(total == 0, 1.0, total)
+    out = out_a * (weight_a * share)[..., None] + out_b * (weight_b * share)[..., None]
+    return out, shift + jnp.log(total)
