@@ -49,6 +49,4 @@ def attend(
     (arXiv:2508.08192, tree attention). A query that sees nothing gets zeros.
     """
     compute = IMPLEMENTATIONS[resolve(implementation)]
-    return compute(
-        q_BTKGH, k_BUKH, v_BUKH, suffix_mask, *layer, prefix.page_table_BM, prefix.start_B, prefix.length_B
-    )
+    return compute(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, *layer, prefix.page_table_BM, prefix.start_B, prefix.length_B)

@@ -1,9 +1,9 @@
 """The paged key/value cache, and ``commit``, its only writer.
 
-One pair of arrays per layer, ``[K, num_pages, page_size, H]``: per-layer arrays are what XLA updates in place (a stacked
-array would be copied), kv heads lead so that a mesh can split them and a kernel reads one head's page contiguously.
-A row's positions ``[i * page_size, (i+1) * page_size)`` live in page ``page_table[row, i]``. Forwards only read; after
-verification ``commit`` copies the accepted rows and nothing else, so rejected tokens leave no trace.
+One pair of arrays per layer, ``[K, num_pages, page_size, H]``: per-layer arrays are what XLA updates in place (a
+stacked array would be copied), kv heads lead so that a mesh can split them and a kernel reads one head's page
+contiguously. A row's positions ``[i * page_size, (i+1) * page_size)`` live in page ``page_table[row, i]``. Forwards
+only read; after verification ``commit`` copies the accepted rows and nothing else, so rejected tokens leave no trace.
 """
 
 from __future__ import annotations

@@ -77,15 +77,11 @@ class BlockConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
-            )
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
         if not self.norm_eps > 0 or not self.rope_theta > 0:
-            raise ConfigError(
-                f"norm_eps and rope_theta must be positive, got {self.norm_eps} and {self.rope_theta}"
-            )
+            raise ConfigError(f"norm_eps and rope_theta must be positive, got {self.norm_eps} and {self.rope_theta}")
 
     @property
     def queries_per_kv(self) -> int:

@@ -1,22 +1,16 @@
-"""Prefill and the decode loop: two compiled programs over one ``DecodeState``.
+"""One round of decoding as a pure function, and the loop that runs many of them on the device.
 
-    prefill_chunk   T prompt positions of every row: target and head forward, commit. Called until the prompts are in.
-    launch          lax.while_loop over round_step: draft, verify, accept, commit, stop. No host in between.
-
-Prefill commits all of a prompt but its last token; that one is the root of the first round. So the first token comes out
-of the same program as every other, and a prompt of one token needs no prefill. Knows token ids only, no strings.
+``round_step`` proposes a tree, verifies it in one target forward, accepts, commits and decides who has finished.
+``launch`` is a ``lax.while_loop`` over it: no host, no transfer in between. Knows token ids only, no strings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from jeagle.cache import KVCache, Prefix, commit
 from jeagle.draft import DraftState, propose
@@ -26,7 +20,7 @@ from jeagle.sampling import Filters, RowSampling, choose
 from jeagle.tree import OFF, Tree, TreePlan
 from jeagle.verify import accept
 
-__all__ = ["FINISH_REASONS", "Batch", "DecodeState", "Decoder", "Program", "round_step"]
+__all__ = ["FINISH_REASONS", "DecodeState", "Logprobs", "Program", "launch", "round_step"]
 
 FINISH_REASONS = (None, "stop", "length")  # DecodeState.finish_B indexes it
 
@@ -83,16 +77,6 @@ class DecodeState:
     @property
     def prefix(self) -> Prefix:
         return Prefix.full(self.page_table_BM, self.length_B)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests of one batch, on the host. Rows beyond the requests are padding: ``max_tokens`` 0."""
-
-    prompts: list[np.ndarray]  # int32 ids, each at least one
-    sampling: RowSampling
-    stop_id_BI: np.ndarray
-    max_tokens_B: np.ndarray
 
 
 def round_step(target: Llama, head: EagleHead | None, state: DecodeState, program: Program) -> DecodeState:
@@ -191,7 +175,9 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     )
 
 
-def _launch(definitions, params, state: DecodeState, most_rounds: jax.Array, *, program: Program) -> DecodeState:
+def launch(
+    target: Llama, head: EagleHead | None, state: DecodeState, most_rounds: jax.Array, program: Program
+) -> DecodeState:
     """Rounds until every row has finished or ``most_rounds`` have run."""
 
     def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -200,160 +186,6 @@ def _launch(definitions, params, state: DecodeState, most_rounds: jax.Array, *, 
 
     def one_round(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         rounds, state = carry
-        return rounds + 1, round_step(*_merge(definitions, params), state, program)
+        return rounds + 1, round_step(target, head, state, program)
 
     return jax.lax.while_loop(go_on, one_round, (jnp.int32(0), state))[1]
-
-
-def _prefill_chunk(
-    definitions, params, state: DecodeState, token_BT1: jax.Array, offset: jax.Array, prompt_B: jax.Array, *, program
-) -> DecodeState:
-    """Positions [offset, offset + T) of every prompt; rows whose prompt has ended keep nothing.
-
-    token_BT1: T + 1 ids from ``offset`` on, as the head reads the token after each position. prompt_B: prompt lengths.
-    """
-    target, head = _merge(definitions, params)
-    B, T = token_BT1.shape[0], token_BT1.shape[1] - 1
-    # The prompt's last token stays out: it is the root of the first round.
-    wanted_B = prompt_B - 1
-    count_B = jnp.clip(wanted_B - offset, 0, T)
-    prefix = Prefix.full(state.page_table_BM, jnp.minimum(wanted_B, offset))
-    position_BT = jnp.broadcast_to(offset + jnp.arange(T, dtype=jnp.int32), (B, T))
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    forward = target(
-        token_BT1[:, :-1],
-        position_BT,
-        causal,
-        state.cache,
-        prefix,
-        taps=() if head is None else head.config.taps,
-        attention=program.attention,
-    )
-    draft = state.draft
-    if draft is not None and head is not None:
-        ran = head(
-            token_BT1[:, 1:],
-            head.fuse(forward.feature_BTX),
-            position_BT,
-            causal,
-            draft.cache,
-            prefix,
-            target=target,
-            attention=program.attention,
-        )
-        # The last pair (feature of the last committed position, root) stays pending: the first round extends it.
-        last_B = wanted_B - 1 - offset
-        here_B = (last_B >= 0) & (last_B < T)
-        index_B11 = jnp.clip(last_B, 0, T - 1)[:, None, None]
-        feature_BX = jnp.take_along_axis(forward.feature_BTX, index_B11, axis=1)[:, 0]
-        feature_BX = jnp.where(here_B[:, None], feature_BX, draft.feature_BPX[:, 0])
-        draft = DraftState(
-            commit(draft.cache, ran.new_kv, prefix, jnp.clip(wanted_B - 1 - offset, 0, T)),
-            draft.feature_BPX.at[:, 0].set(feature_BX),
-            draft.token_BP,
-            draft.count_B,
-        )
-    cache = commit(state.cache, forward.new_kv, prefix, count_B)
-    return dataclasses.replace(state, cache=cache, draft=draft, length_B=prefix.length_B + count_B)
-
-
-def _merge(definitions, params) -> tuple[Llama, EagleHead | None]:
-    target, head = (None if d is None else nnx.merge(d, p) for d, p in zip(definitions, params, strict=True))
-    assert target is not None
-    return target, head
-
-
-class Decoder:
-    """A target, perhaps a head, and their compiled programs."""
-
-    def __init__(self, target: Llama, head: EagleHead | None = None, *, page_size: int = 64, attention: str = "auto"):
-        if head is not None:
-            check_pair(target, head)
-        self.target_config = target.config
-        self.head_config = None if head is None else head.config
-        self.page_size = page_size
-        self.attention = attention
-        self.dtype = target.embed[...].dtype
-        split = [(None, None) if m is None else nnx.split(m) for m in (target, head)]
-        definitions = tuple(d for d, _ in split)
-        # Weights are arguments, not constants baked into the program; states are donated so that caches are updated in
-        # place; graph definitions are closed over, as hashing them on every call costs milliseconds.
-        self.params = tuple(p for _, p in split)
-        self._prefill = jax.jit(
-            partial(_prefill_chunk, definitions), static_argnames=("program",), donate_argnums=(1,)
-        )
-        self._launch = jax.jit(partial(_launch, definitions), static_argnames=("program",), donate_argnums=(1,))
-
-    def start(self, batch: Batch, program: Program, *, capacity: int) -> DecodeState:
-        """The state before prefill: empty caches of ``capacity`` positions per row."""
-        B, P = len(batch.max_tokens_B), program.num_path
-        M = -(-capacity // self.page_size)
-        pages = dict(num_pages=B * M, page_size=self.page_size, dtype=self.dtype)
-        prompt_B = np.array([len(p) for p in batch.prompts] + [1] * (B - len(batch.prompts)))
-        root_B = np.array([p[-1] for p in batch.prompts] + [0] * (B - len(batch.prompts)), np.int32)
-        draft = None
-        if self.head_config is not None and program.drafts:
-            draft = DraftState(
-                KVCache.create(self.head_config, **pages),
-                jnp.zeros((B, P, self.head_config.feature_width), self.dtype),
-                jnp.zeros((B, P), jnp.int32).at[:, 0].set(root_B),
-                jnp.asarray(prompt_B > 1, jnp.int32),
-            )
-        logprobs = None
-        if program.num_logprobs is not None:
-            shape = (B, capacity, program.num_logprobs)
-            logprobs = Logprobs(jnp.zeros(shape[:2]), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
-        zero_B = np.zeros(B, np.int32)
-        return DecodeState(
-            cache=KVCache.create(self.target_config, **pages),
-            draft=draft,
-            page_table_BM=jnp.arange(B * M, dtype=jnp.int32).reshape(B, M),
-            length_B=jnp.asarray(zero_B),
-            root_B=jnp.asarray(root_B),
-            sampling=batch.sampling,
-            stop_id_BI=jnp.asarray(batch.stop_id_BI),
-            max_tokens_B=jnp.asarray(batch.max_tokens_B),
-            output_BO=jnp.zeros((B, capacity), jnp.int32),
-            num_output_B=jnp.asarray(zero_B),
-            logprobs=logprobs,
-            finish_B=jnp.asarray(np.where(batch.max_tokens_B > 0, 0, 2).astype(np.int32)),
-            num_rounds_B=jnp.asarray(zero_B),
-            acceptance_BP=jnp.zeros((B, P), jnp.int32),
-        )
-
-    def prefill(self, state: DecodeState, prompts: list[np.ndarray], program: Program, *, chunk: int) -> DecodeState:
-        """Run the prompts in chunks of ``chunk`` positions, all rows side by side, each to its own length."""
-        B = state.root_B.shape[0]
-        prompt_B = np.array([len(p) for p in prompts] + [1] * (B - len(prompts)), np.int32)
-        longest = int(prompt_B.max()) - 1
-        num_chunks = -(-longest // chunk)
-        token_BT = np.zeros((B, num_chunks * chunk + 1), np.int32)
-        for row, prompt in zip(token_BT, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        for i in range(num_chunks):
-            piece = token_BT[:, i * chunk : (i + 1) * chunk + 1]
-            # Prefill does not depend on the plan's shape or on sampling: one program serves all of them.
-            state = self._prefill(
-                self.params,
-                state,
-                jnp.asarray(piece),
-                jnp.int32(i * chunk),
-                jnp.asarray(prompt_B),
-                program=Program(attention=program.attention),
-            )
-        return state
-
-    def launch(self, state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
-        """Up to ``most_rounds`` rounds on the device; returns at once, the state is a promise."""
-        return self._launch(self.params, state, jnp.int32(most_rounds), program=program)
-
-
-def check_pair(target: Llama, head: EagleHead) -> None:
-    """Raises ValueError when the head was not made for this target."""
-    t, h = target.config, head.config
-    if h.target_width != t.width:
-        raise ValueError(f"the draft head was made for a target of width {h.target_width}; this one has {t.width}")
-    if h.vocab_size != t.vocab_size:
-        raise ValueError(f"the draft head's vocabulary is {h.vocab_size}; the target's is {t.vocab_size}")
-    if any(tap > t.num_layers for tap in h.taps) or h.target_layers not in (None, t.num_layers):
-        raise ValueError(f"the draft head taps blocks {h.taps} of {h.target_layers}; the target has {t.num_layers}")

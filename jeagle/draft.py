@@ -1,8 +1,8 @@
 """The EAGLE drafter: extend, grow, select.
 
-``propose`` looks at what the last round accepted and guesses a tree. It reads the draft cache and hands back the rows to
-commit; it never writes. Position i of the head pairs the target's feature at i with the token at i+1, so a tree node of
-depth d sits at head position length + d - 1, and the root's own pair is the last of the pending ones.
+``propose`` looks at what the last round accepted and guesses a tree. It reads the draft cache and hands back the rows
+to commit; it never writes. Position i of the head pairs the target's feature at i with the token at i+1, so a tree
+node of depth d sits at head position length + d - 1, and the root's own pair is the last of the pending ones.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jeagle.tree import Tree, TreePlan, ancestor_mask
 
 __all__ = ["COUPLING", "DraftState", "propose"]
 
-# Under sampling a child's score across nodes is log_softmax((log q + noise) / COUPLING): the sharper the head's guess of
-# the *sample*, the smaller the best value. Simulated optima: 0.35 / 0.6 / 0.95 at a logit error of 0.5 / 1 / 1.5.
+# Under sampling a child's score across nodes is log_softmax((log q + noise) / COUPLING): the sharper the head's guess
+# of the *sample*, the smaller the best value. Simulated optima: 0.35 / 0.6 / 0.95 at a logit error of 0.5 / 1 / 1.5.
 COUPLING = 0.6
 # A token the draft's own filters would drop is a poor guess, but better than an empty slot: it ranks after all others.
 OUTSIDE = -1e4
@@ -57,7 +57,8 @@ def propose(
       prefix: the target's committed positions. The head has committed draft.count fewer: those are pending.
       remaining_B: tokens the request may still emit. A node of depth d yields d + 1, so deeper ones are not valid.
 
-    Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be committed.
+    Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be
+    committed.
     """
     B, P = draft.token_BP.shape
     committed = prefix.with_length(prefix.length_B - draft.count_B)
@@ -93,11 +94,10 @@ def propose(
         child_position_B1 = prefix.length_B[:, None] + depth
         token_BFC, gain_BFC = _children(head, logits_BFW, child_position_B1, rows, filters, level.branch)
 
-        def kept(x_BFC: jax.Array, keep=jnp.array(level.kept)) -> jax.Array:
-            return x_BFC.reshape(B, -1)[:, keep]
-
-        slot_n = jnp.array(level.kept) // level.branch
-        token_Bn, score_Bn = kept(token_BFC), kept(score_BF[:, :, None] + gain_BFC)
+        kept_n = jnp.array(level.kept)
+        slot_n = kept_n // level.branch
+        token_Bn = token_BFC.reshape(B, -1)[:, kept_n]
+        score_Bn = (score_BF[:, :, None] + gain_BFC).reshape(B, -1)[:, kept_n]
         tokens.append(token_Bn)
         scores.append(score_Bn)
         parents.append(candidate_BF[:, slot_n])
@@ -184,14 +184,14 @@ def select(
 ) -> Tree:
     """The tree of the plan's num_nodes - 1 best candidates, in the order they were made, under ``root_B``.
 
-    parent_Bn holds candidate numbers, -1 for the root. A parent scores at least as much as its child and comes first, so
-    the best candidates always form a tree (arXiv:2406.16858, re-ranking).
+    parent_Bn holds candidate numbers, -1 for the root. A parent scores at least as much as its child and comes first,
+    so the best candidates always form a tree (arXiv:2406.16858, re-ranking).
 
     Example: candidates a, b (children of the root), c (of a), d (of b) with scores -1, -3, -2, -9 and 4 nodes in all:
     a, b, c are kept, as nodes 1, 2, 3 with parents 0, 0, 1.
     """
     N = plan.num_nodes - 1
-    if N < token_Bn.shape[1]:
+    if token_Bn.shape[1] > N:
         _, best_BN = jax.lax.top_k(score_Bn, N)
         best_BN = jnp.sort(best_BN, axis=1)
     else:

@@ -15,7 +15,7 @@ from flax import nnx
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import EagleConfig
-from jeagle.layers import Block, RMSNorm, linear, rope_angles
+from jeagle.layers import Block, Linear, RMSNorm, rope_angles
 from jeagle.llama import Llama
 
 __all__ = ["EagleHead", "HeadForward", "TokenMap"]
@@ -43,7 +43,7 @@ class EagleHead(nnx.Module):
 
         self.embed = nnx.Param(normal(rngs.params(), (config.vocab_size, D), dtype)) if config.own_embedding else None
         fc_width = 2 * D if concat else config.feature_width
-        self.fc = linear("BTX,XD->BTD", (fc_width, D), (D,) if config.fc_bias else None, dtype=dtype, rngs=rngs)
+        self.fc = Linear((fc_width,), (D,), bias=config.fc_bias, dtype=dtype, rngs=rngs)
         each, joint = config.tap_norm == "each", config.tap_norm == "joint"
         self.tap_norms = (
             nnx.List([RMSNorm(config.target_width, eps, dtype=dtype) for _ in config.taps]) if each else None

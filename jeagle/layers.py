@@ -16,7 +16,7 @@ from flax import nnx
 
 from jeagle.config import BlockConfig
 
-__all__ = ["Block", "RMSNorm", "Rope", "rope_frequencies", "rotate"]
+__all__ = ["Block", "Linear", "RMSNorm", "Rope", "rope_frequencies", "rotate"]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q_BTKGH, k_BTKH, v_BTKH) -> out_BTKGH
 Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
@@ -39,8 +39,8 @@ class RMSNorm(nnx.Module):
 def rope_frequencies(config: BlockConfig) -> np.ndarray:
     """Rotary frequencies [H/2], float32, with ``rope_scaling`` applied.
 
-    llama3 (HF ``_compute_llama3_parameters``): wavelengths under original/high stay, those over original/low are divided
-    by ``factor``, and between them the two are blended by s = (original/wavelength - low) / (high - low).
+    llama3 (HF ``_compute_llama3_parameters``): wavelengths under original/high stay, those over original/low are
+    divided by ``factor``, and between them the two are blended by s = (original/wavelength - low) / (high - low).
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequency = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
@@ -70,16 +70,24 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def linear(equation: str, kernel_shape: tuple[int, ...], bias_shape: tuple[int, ...] | None, *, dtype, rngs):
-    """An einsum with a kernel and, when ``bias_shape`` is given, a bias."""
-    return nnx.Einsum(
-        equation,
-        kernel_shape,
-        bias_shape,
-        param_dtype=dtype,
-        kernel_init=nnx.initializers.normal(0.02),
-        rngs=rngs,
-    )
+class Linear(nnx.Module):
+    """Contracts the trailing axes of x, shaped ``inputs``, with a kernel [*inputs, *outputs]; adds a bias
+    [*outputs]."""
+
+    def __init__(
+        self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (*inputs, *outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        # One contracted axis, made before the dot: given several, XLA:CPU copies the whole kernel on every call.
+        width = math.prod(kernel.shape[: self.num_inputs])
+        x = x.reshape(*x.shape[: x.ndim - self.num_inputs], width)
+        y = jnp.tensordot(x, kernel.reshape(width, *kernel.shape[self.num_inputs :]), axes=1)
+        return y if self.bias is None else y + self.bias[...]
 
 
 class Block(nnx.Module):
@@ -95,15 +103,13 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         D, K, G, H, F = config.width, config.num_kv_heads, config.queries_per_kv, config.head_dim, config.mlp_width
-        attn_bias, mlp_bias = config.attention_bias, config.mlp_bias
-        make = dict(dtype=dtype, rngs=rngs)
+        attn, mlp = (dict(bias=b, dtype=dtype, rngs=rngs) for b in (config.attention_bias, config.mlp_bias))
         self.attn_norm = RMSNorm(D, config.norm_eps, dtype=dtype) if attn_norm else None
-        qkv_bias = (K, G + 2, H) if attn_bias else None
-        self.qkv = linear("BTD,DKJH->BTKJH", (input_width or D, K, G + 2, H), qkv_bias, **make)
-        self.out = linear("BTKGH,KGHD->BTD", (K, G, H, D), (D,) if attn_bias else None, **make)
+        self.qkv = Linear((input_width or D,), (K, G + 2, H), **attn)
+        self.out = Linear((K, G, H), (D,), **attn)
         self.mlp_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
-        self.gate_up = linear("BTD,DCF->BTCF", (D, 2, F), (2, F) if mlp_bias else None, **make)
-        self.down = linear("BTF,FD->BTD", (F, D), (D,) if mlp_bias else None, **make)
+        self.gate_up = Linear((D,), (2, F), **mlp)
+        self.down = Linear((F,), (D,), **mlp)
         self.queries_per_kv = G
 
     def __call__(

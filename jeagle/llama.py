@@ -1,7 +1,7 @@
 """The Llama target (2, 3.x, SmolLM2: every dense ``LlamaForCausalLM``).
 
-One forward serves prompt chunks, plain decode steps and draft trees: T new positions that see the committed cache without
-a mask and each other through ``suffix_mask``. It returns the new keys and values and never writes the cache.
+One forward serves prompt chunks, plain decode steps and draft trees: T new positions that see the committed cache
+without a mask and each other through ``suffix_mask``. It returns the new keys and values and never writes the cache.
 """
 
 from __future__ import annotations

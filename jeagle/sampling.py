@@ -2,14 +2,15 @@
 
 The token of request r at position p is ``argmax_v(warp(logits)_v + gumbel(seed_r, p, v))``; greedy is the same without
 noise. The noise is counter-based (threefry on (position, token) under the request's key), so that of one token can be
-computed alone, by any shard and in any order. The text therefore depends on the seed and the target alone, never on what
-was drafted or on the other rows of the batch.
+computed alone, by any shard and in any order. The text therefore depends on the seed and the target alone, never on
+what was drafted or on the other rows of the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -37,8 +38,8 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     n: int = 1
-    stop: str | tuple[str, ...] | list[str] = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 

@@ -14,7 +14,17 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
-__all__ = ["NAMED_TREES", "OFF", "DynamicTree", "Level", "StaticTree", "Tree", "TreePlan", "ancestor_mask", "parse_tree"]
+__all__ = [
+    "NAMED_TREES",
+    "OFF",
+    "DynamicTree",
+    "Level",
+    "StaticTree",
+    "Tree",
+    "TreePlan",
+    "ancestor_mask",
+    "parse_tree",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +122,8 @@ class StaticTree:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2 (arXiv:2406.16858): expand the ``top_k`` best nodes per level, then keep the ``num_nodes`` - 1 best of all."""
+    """EAGLE-2 (arXiv:2406.16858): expand the ``top_k`` best nodes per level, then keep the ``num_nodes`` - 1 best of
+    all."""
 
     depth: int
     top_k: int

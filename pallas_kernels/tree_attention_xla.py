@@ -1,10 +1,11 @@
 """Tree attention in plain XLA: the reference every kernel is tested against, and what CPUs run.
 
 Two passes merged by log-sum-exp (arXiv:2508.08192; the prefix/suffix split of xformers' ``tree_attention``): the prefix
-pass walks the paged cache in blocks with an online softmax (FlashAttention-2, Algorithm 1, arXiv:2307.08691) and needs no
-mask but each row's length; the suffix pass is one small masked softmax over the new positions.
+pass walks the paged cache in blocks with an online softmax (FlashAttention-2, Algorithm 1, arXiv:2307.08691) and needs
+no mask but each row's length; the suffix pass is one small masked softmax over the new positions.
 
-Traffic per call: the visible part of the cache once (plus the gathered copy of one block, which stays in a CPU's cache),
+Traffic per call: the visible part of the cache once (plus the gathered copy of one block, which stays in a CPU's
+cache),
 never the whole capacity: the number of blocks walked follows the longest row.
 """
 
@@ -36,6 +37,9 @@ def tree_attention(
 
     pages_k, pages_v: [K, num_pages, page_size, H]. Slots outside [start, length) may hold anything, NaN included.
     """
+    # Ties the gathers below to this layer's queries: nothing else orders them, and XLA would run every layer's at once,
+    # which costs a second cache.
+    q_BTKGH, page_table_BM = lax.optimization_barrier((q_BTKGH, page_table_BM))
     q_KBTGH = jnp.moveaxis(q_BTKGH, 2, 0) * jnp.asarray(q_BTKGH.shape[-1] ** -0.5, q_BTKGH.dtype)
     k_KBUH, v_KBUH = jnp.moveaxis(k_BUKH, 2, 0), jnp.moveaxis(v_BUKH, 2, 0)
     suffix = _softmax(q_KBTGH, k_KBUH, v_KBUH, suffix_mask[None, :, :, None, :])
@@ -57,7 +61,11 @@ def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B) ->
         seen_BS = (position_S >= start_B[:, None]) & (position_S < length_B[:, None])
 
         def gather(pages):  # [K, num_pages, page_size, H] -> [K, B, block, H]
-            return pages[:, pages_BJ].reshape(pages.shape[0], pages_BJ.shape[0], block, pages.shape[3])
+            K, num_pages, _, H = pages.shape
+            # Rows of a flat [K * num_pages, page_size * H]: XLA:CPU copies whole pages, where a gather along axis 1
+            # would also transpose them.
+            row_KBJ = jnp.arange(K)[:, None, None] * num_pages + pages_BJ
+            return jnp.take(pages.reshape(-1, page_size * H), row_KBJ, axis=0, mode="clip").reshape(K, -1, block, H)
 
         v_KBSH = jnp.where(seen_BS[None, :, :, None], gather(pages_v), 0)  # 0 * NaN would be NaN
         return _softmax(q_KBTGH, gather(pages_k), v_KBSH, seen_BS[None, :, None, None, :])

@@ -1,0 +1,63 @@
+# jeagle: every target is complete on a fresh machine with Python 3.12 or newer.
+#
+#   make demo               SmolLM2-135M-Instruct with and without speculation (fetches 93 MB once)
+#   make test               ruff, mypy and pytest on the pinned versions of constraints.txt
+#   make test JAX=newest    pytest on the newest JAX and Flax that pyproject.toml allows
+#   make lint               ruff and mypy alone
+#   make clean              remove environments and caches (models/ stays)
+#
+# PYTHON=/path/to/python chooses the interpreter that the environment is made from.
+
+JAX ?= pinned
+ifeq ($(JAX),pinned)
+VENV := .venv
+PINS := constraints.txt
+else ifeq ($(JAX),newest)
+VENV := .venv-newest
+PINS := $(VENV)/constraints.txt
+else
+$(error JAX must be "pinned" (the default) or "newest", not "$(JAX)")
+endif
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/jeagle demo
+
+# On the newest JAX only the tests run: its annotations are not what mypy was pinned against.
+test: $(INSTALLED) $(if $(filter pinned,$(JAX)),lint)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt $(BIN)/python
+	@echo "Installing jeagle and what it needs into $(VENV) (about a minute) ..."
+	$(if $(filter newest,$(JAX)),@grep -vE '^(jax|jaxlib|flax)==' constraints.txt > $(PINS))
+	@$(PIP) install $(if $(filter newest,$(JAX)),--upgrade) --constraint $(PINS) --editable '.[dev]'
+	@$(BIN)/python -c 'import sys, jax, flax; print(f"Python {sys.version.split()[0]}, jax {jax.__version__}, flax {flax.__version__}")'
+	@touch $@
+
+# A command that exists may still not run (pyenv shims), so every candidate is tried. 3.12 first: the pins are its.
+$(BIN)/python:
+	@for candidate in "$(PYTHON)" python3.12 python3.13 python3.14 python3 python; do \
+		test -n "$$candidate" || continue; \
+		"$$candidate" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 || continue; \
+		echo "Creating $(VENV) with $$("$$candidate" --version)"; \
+		rm -rf $(VENV); \
+		exec "$$candidate" -m venv $(VENV); \
+	done; \
+	echo "jeagle needs Python 3.12 or newer (with its venv module: python3-venv on Debian), and none was found." >&2; \
+	echo "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	exit 1

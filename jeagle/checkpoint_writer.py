@@ -1,0 +1,235 @@
+"""Writes converted checkpoints (``jeagle/checkpoint.py`` says what they are and reads them).
+
+Tensor by tensor, so that memory never holds a model, into a temporary sibling that gets its name at the end: whatever
+happens before leaves no destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import tensorstore as ts
+
+from jeagle.checkpoint import FORMAT_VERSION, CheckpointError, ocdbt
+from jeagle.config import BlockConfig
+
+__all__ = ["CheckpointWriter"]
+
+CHUNK_BYTES = 32 << 20  # one zarr chunk: what a device of a mesh reads beyond its own rows at most
+COMMIT_BYTES = 128 << 20  # one OCDBT transaction: small tensors share data files, large ones never pile up
+
+
+class CheckpointWriter:
+    """Writes a checkpoint beside ``destination`` and renames it there in ``finish``; any other end removes it.
+
+    Arrays go to disk through tensorstore and not through Orbax's ``save``, which wants the whole tree in memory (and
+    its partial saves a copy of each tensor). What is written is Orbax's own format: stock Orbax restores it (tested).
+
+    The temporary sibling is locked (flock) for as long as its process lives, so that a later writer can tell what a
+    killed one left behind from what another one is still writing.
+    """
+
+    def __init__(self, destination: str | Path, *, expected_bytes: int = 0):
+        self.destination = Path(destination).absolute()
+        self._expected_bytes = expected_bytes
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100 << 20}})
+        self._transaction: ts.Transaction | None = None
+        self._pending_bytes = 0
+
+    def __enter__(self) -> Self:
+        if os.path.lexists(self.destination):
+            raise CheckpointError(f"{self.destination} already exists; remove it or choose another destination")
+        self._made_parents = [p for p in (self.destination.parent, *self.destination.parent.parents) if not p.exists()]
+        with _explained(self.destination):
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(self.destination)
+            free = shutil.disk_usage(self.destination.parent).free
+            if free < self._expected_bytes:
+                self._remove_parents()
+                raise CheckpointError(
+                    f"{self.destination} needs {_gigabytes(self._expected_bytes)} but its disk has "
+                    f"{_gigabytes(free)} free; make room or choose another destination"
+                )
+            self._directory, self._lock = _make_locked_sibling(self.destination)
+        return self
+
+    def add(self, path: str, array: np.ndarray, dtype: Any = None) -> None:
+        """Write one tensor under its dotted path, cast to ``dtype`` piece by piece. ``array`` may be any view."""
+        if path in self._shapes:
+            raise ValueError(f"{path} was already written")
+        dtype = np.dtype(array.dtype if dtype is None else dtype)
+        self._shapes[path] = array.shape
+        row_bytes = max(1, math.prod(array.shape[1:]) * dtype.itemsize)
+        # Chunks of equal size: the last one is stored whole, and padding would be read back on every start.
+        chunks = max(1, math.ceil(len(array) / max(1, CHUNK_BYTES // row_bytes)))
+        rows = max(1, math.ceil(len(array) / chunks))
+        spec = _array_spec(self._directory / "params", path, array.shape, (rows, *array.shape[1:]), dtype)
+        with _explained(self.destination):
+            store = self._open(spec, create=True)
+            for start in range(0, len(array), rows):
+                piece = array[start : start + rows].astype(dtype, copy=False)
+                if self._pending_bytes + piece.nbytes > COMMIT_BYTES and self._pending_bytes:
+                    self._commit()
+                    store = self._open(spec)
+                # The transaction may keep the piece until it commits: no one writes to converted arrays.
+                store[start : start + len(piece)].write(piece, can_reference_source_data_indefinitely=True).result()
+                self._pending_bytes += piece.nbytes
+            if array.size * dtype.itemsize > COMMIT_BYTES // 2:
+                self._commit()  # a waiting piece would keep the whole array in memory while the next one is made
+
+    def finish(
+        self, config: BlockConfig, source: Mapping[str, Any], extra_files: Mapping[str, bytes | Path] | None = None
+    ) -> Path:
+        """Complete the checkpoint and give it its name. Raises if another process took the name meanwhile."""
+        with _explained(self.destination):
+            self._commit()
+            _write_json(self._directory / "params" / "_METADATA", _orbax_metadata(self._shapes))
+            _write_json(self._directory / "config.json", config.to_json())
+            for name, content in (extra_files or {}).items():
+                if Path(name).name != name:
+                    raise ValueError(f"{name!r} is not a plain file name")
+                if isinstance(content, Path):
+                    shutil.copyfile(content, self._directory / name)
+                else:
+                    (self._directory / name).write_bytes(content)
+            _write_json(self._directory / "source.json", {"format_version": FORMAT_VERSION, **source})
+            try:
+                self._directory.rename(self.destination)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise CheckpointError(
+                        f"{self.destination} was made by another process meanwhile; remove it or choose another "
+                        "destination"
+                    ) from error
+                raise
+        self._made_parents = []
+        return self.destination
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._transaction is not None:
+            # After an interrupt a commit may still run: wait for it, or it would write into what is being removed.
+            self._transaction.abort()
+            with contextlib.suppress(Exception):
+                self._transaction.commit_async().result()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        with contextlib.suppress(OSError):
+            for parent in self._made_parents:
+                parent.rmdir()
+
+    def _open(self, spec: dict[str, Any], *, create: bool = False) -> ts.TensorStore:
+        if self._transaction is None:
+            self._transaction = ts.Transaction()
+        return ts.open(spec, open=True, create=create, context=self._context, transaction=self._transaction).result()
+
+    def _commit(self) -> None:
+        if self._transaction is not None:
+            self._transaction.commit_async().result()
+            self._transaction, self._pending_bytes = None, 0
+
+
+def _array_spec(params: Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> dict:
+    return {
+        "driver": "zarr3",
+        "kvstore": ocdbt(params, name),
+        "store_data_equal_to_fill_value": True,  # Orbax takes a missing chunk for a damaged checkpoint
+        "metadata": {
+            "shape": list(shape),
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            # Not compressed: weights shrink by little, and reading them is what a start waits for.
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+    }
+
+
+def _orbax_metadata(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Orbax's description of the tree, without which it restores nothing. Key type 2 is a dict key."""
+    tree = {}
+    for path in sorted(shapes):
+        keys = tuple(path.split("."))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def _make_locked_sibling(destination: Path) -> tuple[Path, int]:
+    while True:
+        directory = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(4)}")
+        directory.mkdir()
+        lock = os.open(directory, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Between mkdir and flock a cleaner may have taken it for a dead one's; then it is gone, and the next is tried.
+        if directory.exists():
+            return directory, lock
+        os.close(lock)
+
+
+def _remove_stale(destination: Path) -> None:
+    """Remove temporary siblings whose writers died. A living writer holds its lock."""
+    prefix = f".{destination.name}.tmp-"
+    for directory in destination.parent.iterdir():
+        if not directory.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
+            finally:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def _explained(destination: Path) -> Iterator[None]:
+    """Turn what the disk says, directly or through tensorstore, into one sentence."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # tensorstore has no error types: a full disk is a ValueError that quotes the system's text.
+        text = f"{error}"
+        codes = {errno.ENOSPC: "its disk is full", errno.EDQUOT: "your disk quota is used up"}
+        for code, reason in codes.items():
+            if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in text:
+                raise CheckpointError(
+                    f"cannot write {destination}: {reason}; make room or choose another destination"
+                ) from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {destination}: {error.strerror or error}") from error
+        raise
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

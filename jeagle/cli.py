@@ -1,0 +1,136 @@
+"""The ``jeagle`` command: generate, chat, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jeagle.llm import LLM
+    from jeagle.sampling import SamplingParams
+
+DEMO_MODEL = Path("models/smollm2-135m")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jeagle", description="EAGLE speculative decoding for Llama in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="generate|chat|demo")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--model", default=str(DEMO_MODEL), help="converted checkpoint, HF directory, hub name or .gguf"
+    )
+    shared.add_argument("--draft", help="EAGLE head, in any of the same forms; without one decoding is plain")
+    shared.add_argument("--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL] or off")
+    shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    shared.add_argument("--max-model-len", type=int, help="most positions of prompt and output together")
+    shared.add_argument("--max-tokens", type=int, default=256)
+    shared.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    shared.add_argument("--top-k", type=int, default=0)
+    shared.add_argument("--top-p", type=float, default=1.0)
+    shared.add_argument("--min-p", type=float, default=0.0)
+    shared.add_argument("--seed", type=int, help="the text depends on the seed and the model alone")
+    shared.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text before TEXT")
+
+    generate = commands.add_parser("generate", parents=[shared], help="continue a prompt")
+    generate.add_argument("prompt", help="text, or - for standard input")
+    generate.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", parents=[shared], help="talk; an empty line or Ctrl-D ends")
+    chat.add_argument("--system", help="system message")
+    chat.set_defaults(run=_chat)
+
+    demo = commands.add_parser("demo", help="SmolLM2-135M-Instruct with and without speculation")
+    demo.add_argument("--model", type=Path, default=DEMO_MODEL, help="where the model is, or is to be put")
+    demo.add_argument("--draft", help="EAGLE head; without one a random head is used, and said to be")
+    demo.add_argument("--tree", default="auto")
+    demo.add_argument("--max-tokens", type=int, default=64)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _load(args: argparse.Namespace) -> LLM:
+    from jeagle.llm import LLM
+
+    return LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_model_len=args.max_model_len)
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    from jeagle.sampling import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=args.stop,
+    )
+
+
+def _print_stream(pieces) -> str:
+    """Print pieces as they come; returns the whole."""
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def _generate(args: argparse.Namespace) -> int:
+    params = _params(args)  # wrong parameters are said before a model is loaded
+    llm = _load(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    templated = not args.raw and llm.tokenizer.chat_template
+    _print_stream(llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params))
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    params = _params(args)
+    llm = _load(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if not said:
+            return 0
+        messages.append({"role": "user", "content": said})
+        try:
+            answer = _print_stream(llm.stream(messages, params))
+        except KeyboardInterrupt:  # Ctrl-C ends the answer, not the conversation
+            print()
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from jeagle.demo import demo
+
+    return demo(args.model, args.draft, tree=args.tree, max_tokens=args.max_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

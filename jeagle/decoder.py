@@ -1,0 +1,186 @@
+"""The compiled programs of a target and its head, by bucket: prefill and the decode loop.
+
+Two programs, not one: a donated buffer that is updated and read in the same program may be copied. Executables are made
+ahead of time and kept by shape, so that every compilation is seen, counted and timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jeagle.cache import KVCache
+from jeagle.decode import FINISH_REASONS, DecodeState, Logprobs, Program, launch
+from jeagle.draft import DraftState
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.prefill import Caches, prefill_chunk
+from jeagle.sampling import RowSampling
+
+__all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one batch, on the host. Rows beyond the prompts are padding, with ``max_tokens`` 0."""
+
+    prompts: list[np.ndarray]  # int32 ids, each at least one
+    sampling: RowSampling
+    stop_id_BI: np.ndarray
+    max_tokens_B: np.ndarray
+
+
+@dataclass(frozen=True)
+class CompiledProgram:
+    """One bucket: what it was compiled for and what that cost."""
+
+    name: str  # "prefill" or "decode"
+    batch: int  # rows
+    capacity: int  # cache positions per row
+    positions: int  # T: chunk length, or nodes of the tree
+    program: Program | None  # None for prefill, which depends on none of it
+    seconds: float
+    executable: jax.stages.Compiled = dataclasses.field(repr=False)
+
+
+class Decoder:
+    """A target, perhaps a head, and their compiled programs."""
+
+    def __init__(self, target: Llama, head: EagleHead | None = None, *, page_size: int = 64):
+        if head is not None:
+            check_pair(target, head)
+        self.target_config = target.config
+        self.head_config = None if head is None else head.config
+        self.page_size = page_size
+        self.dtype = target.embed[...].dtype
+        split = [(None, None) if m is None else nnx.split(m) for m in (target, head)]
+        definitions = tuple(d for d, _ in split)
+        # Weights are arguments, not constants baked into the program; states are donated so that caches are updated in
+        # place; graph definitions are closed over, as hashing them on every call costs milliseconds.
+        self.params = tuple(p for _, p in split)
+        jit = partial(jax.jit, donate_argnums=(1,))
+        self._prefill = jit(_on_modules(prefill_chunk, definitions), static_argnames=("attention",))
+        self._decode = jit(_on_modules(launch, definitions), static_argnames=("program",))
+        self._compiled: dict[tuple, CompiledProgram] = {}
+
+    @property
+    def programs(self) -> list[CompiledProgram]:
+        """Every bucket compiled so far, in order."""
+        return list(self._compiled.values())
+
+    def start(self, batch: Batch, program: Program, *, capacity: int, chunk: int) -> DecodeState:
+        """Prefill a batch into fresh caches of ``capacity`` positions per row, in chunks of ``chunk``.
+
+        Rows run side by side, each to its own length. Returns the state before the first round.
+        """
+        B, P = len(batch.max_tokens_B), program.num_path
+        padding = B - len(batch.prompts)
+        prompt_B = np.array([len(p) for p in batch.prompts] + [1] * padding, np.int32)
+        root_B = np.array([p[-1] for p in batch.prompts] + [0] * padding, np.int32)
+        caches = self._fill(batch.prompts, prompt_B, program, capacity, chunk)
+        draft = None
+        if caches.head is not None and caches.feature_BX is not None:
+            draft = DraftState(
+                caches.head,
+                jnp.zeros((B, P, caches.feature_BX.shape[1]), self.dtype).at[:, 0].set(caches.feature_BX),
+                jnp.zeros((B, P), jnp.int32).at[:, 0].set(root_B),
+                jnp.asarray(prompt_B > 1, jnp.int32),
+            )
+        logprobs = None
+        if program.num_logprobs is not None:
+            shape = (B, capacity, program.num_logprobs)
+            logprobs = Logprobs(jnp.zeros(shape[:2]), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
+        # Separate buffers, every one of them: the state is donated, and a buffer can be given away once only.
+        return DecodeState(
+            cache=caches.target,
+            draft=draft,
+            page_table_BM=caches.page_table_BM,
+            length_B=jnp.asarray(prompt_B - 1),
+            root_B=jnp.asarray(root_B),
+            sampling=batch.sampling,
+            stop_id_BI=jnp.asarray(batch.stop_id_BI),
+            max_tokens_B=jnp.asarray(batch.max_tokens_B),
+            output_BO=jnp.zeros((B, capacity), jnp.int32),
+            num_output_B=jnp.zeros(B, jnp.int32),
+            logprobs=logprobs,
+            finish_B=jnp.asarray(batch.max_tokens_B <= 0, jnp.int32) * FINISH_REASONS.index("length"),
+            num_rounds_B=jnp.zeros(B, jnp.int32),
+            acceptance_BP=jnp.zeros((B, P), jnp.int32),
+        )
+
+    def _fill(
+        self, prompts: list[np.ndarray], prompt_B: np.ndarray, program: Program, capacity: int, chunk: int
+    ) -> Caches:
+        B, M = len(prompt_B), -(-capacity // self.page_size)
+        pages = dict(num_pages=B * M, page_size=self.page_size, dtype=self.dtype)
+        head = self.head_config if program.drafts else None
+        caches = Caches(
+            KVCache.create(self.target_config, **pages),
+            None if head is None else KVCache.create(head, **pages),
+            None if head is None else jnp.zeros((B, head.feature_width), self.dtype),
+            jnp.arange(B * M, dtype=jnp.int32).reshape(B, M),
+        )
+        num_chunks = -(-(int(prompt_B.max()) - 1) // chunk)
+        token_BT = np.zeros((B, num_chunks * chunk + 1), np.int32)
+        for row, prompt in zip(token_BT, prompts):
+            row[: len(prompt)] = prompt
+        for offset in range(0, num_chunks * chunk, chunk):
+            args = (
+                caches,
+                jnp.asarray(token_BT[:, offset : offset + chunk + 1]),
+                jnp.int32(offset),
+                jnp.asarray(prompt_B),
+            )
+            compiled = self._program("prefill", self._prefill, args, attention=program.attention)
+            caches = compiled(self.params, *args)
+        return caches
+
+    def launch(self, state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
+        """Up to ``most_rounds`` rounds on the device; returns at once, the state is a promise."""
+        args = (state, jnp.int32(most_rounds))
+        return self._program("decode", self._decode, args, program=program)(self.params, *args)
+
+    def _program(self, name: str, jitted, args: tuple, **static) -> jax.stages.Compiled:
+        """The executable of this bucket. Compiling ahead of time, once per key, is what makes buckets countable."""
+        leaves, structure = jax.tree.flatten(args)
+        key = (name, *static.values(), structure, tuple(x.shape for x in leaves))
+        if key not in self._compiled:
+            began = time.perf_counter()
+            executable = jitted.lower(self.params, *args, **static).compile()
+            batch, num_pages = args[0].page_table_BM.shape
+            program = static.get("program")
+            positions = args[1].shape[1] - 1 if program is None else program.plan.num_nodes
+            seconds = time.perf_counter() - began
+            self._compiled[key] = CompiledProgram(
+                name, batch, num_pages * self.page_size, positions, program, seconds, executable
+            )
+        return self._compiled[key].executable
+
+
+def _on_modules(function, definitions):
+    """``function(target, head, ...)`` as a function of their parameters, for jit. ``definitions`` are closed over:
+    hashing them as static arguments would cost milliseconds a call."""
+
+    def run(params, *args, **static):
+        modules = (None if d is None else nnx.merge(d, p) for d, p in zip(definitions, params))
+        return function(*modules, *args, **static)
+
+    return run
+
+
+def check_pair(target: Llama, head: EagleHead) -> None:
+    """Raises ValueError when the head was not made for this target."""
+    t, h = target.config, head.config
+    if h.target_width != t.width:
+        raise ValueError(f"the draft head was made for a target of width {h.target_width}; this one has {t.width}")
+    if h.vocab_size != t.vocab_size:
+        raise ValueError(f"the draft head's vocabulary is {h.vocab_size}; the target's is {t.vocab_size}")
+    if any(tap > t.num_layers for tap in h.taps) or h.target_layers not in (None, t.num_layers):
+        raise ValueError(f"the draft head taps blocks {h.taps} of {h.target_layers}; the target has {t.num_layers}")

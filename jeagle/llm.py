@@ -1,0 +1,394 @@
+"""``LLM``: strings in, strings out. The only room that knows tokenizers, chat templates and requests as users see them.
+
+llm = LLM("models/smollm2-135m", draft="path/to/head")
+for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)):
+    print(out.outputs[0].text, out.metrics.tokens_per_call)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jeagle import attention as attention_registry
+from jeagle.checkpoint import load_eagle, load_llama
+from jeagle.decode import FINISH_REASONS, DecodeState, Program
+from jeagle.decoder import CompiledProgram, Decoder
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.locate import locate
+from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
+from jeagle.sampling import SamplingParams
+from jeagle.text import Detokenizer
+from jeagle.tree import OFF, TreePlan, parse_tree
+
+__all__ = ["LLM"]
+
+Prompt = str | Sequence[int]
+Message = dict[str, str]
+
+# While stop strings are wanted the host looks this often; the rounds after a match are wasted.
+ROUNDS_BETWEEN_STOP_CHECKS = 8
+
+
+class LLM:
+    """A target, perhaps with an EAGLE head, ready to generate.
+
+    Args:
+      model: a converted checkpoint, an HF directory, a hub name or a .gguf file (the last three are converted once,
+        into the cache directory), or a ``Llama`` module.
+      draft: the same for the head, or an ``EagleHead`` module; None decodes plainly.
+      tree: "auto" (a chain of 3, the paper's choice at every batch size but the smallest), a name ("chain-5",
+        "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, or a plan.
+      dtype: "auto" (as stored), "float32" or "bfloat16".
+      max_model_len: most positions of prompt and output together; None takes the model's own limit.
+      max_batch_size: rows decoded side by side; more prompts are served in turns.
+      rounds_per_launch: rounds the device runs before the host looks (progress, Ctrl-C).
+      prefill_chunk: prompt positions per forward. page_size: cache positions per page.
+      attention: implementation, see ``jeagle.attention``.
+      cache_dir: where conversions and compiled programs are kept; None takes $JEAGLE_CACHE or ~/.cache/jeagle.
+
+    Raises ValueError (CheckpointError, ConversionError among them) with one sentence that says what to mend.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Llama,
+        draft: str | Path | EagleHead | None = None,
+        *,
+        tree: str | TreePlan | Sequence[Sequence[int]] = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_batch_size: int = 8,
+        rounds_per_launch: int = 64,
+        prefill_chunk: int = 256,
+        page_size: int = 64,
+        attention: str = "auto",
+        cache_dir: str | Path | None = None,
+    ):
+        for name, value in dict(
+            max_batch_size=max_batch_size,
+            rounds_per_launch=rounds_per_launch,
+            prefill_chunk=prefill_chunk,
+            page_size=page_size,
+        ).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        attention_registry.resolve(attention)
+        plan = parse_tree("chain-3" if isinstance(tree, str) and tree == "auto" else tree)
+        cache = Path(cache_dir or os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+        _keep_compiled_programs(cache / "xla")
+
+        self._tokenizer_dir: Path | None = None
+        if not isinstance(model, Llama):
+            self._tokenizer_dir = locate(model, cache, kind="llama")
+            model = load_llama(self._tokenizer_dir, dtype=dtype)
+        if draft is not None and not isinstance(draft, EagleHead):
+            draft = load_eagle(locate(draft, cache, kind="eagle", target=self._tokenizer_dir), dtype=dtype)
+        self.config = model.config
+        limit = self.config.max_position
+        if max_model_len is not None:
+            if not 1 <= max_model_len <= limit:
+                raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
+            limit = max_model_len
+        self.max_model_len = limit
+        self.plan = plan if draft is not None else OFF
+        self._max_batch_size = max_batch_size
+        self._rounds_per_launch = rounds_per_launch
+        self._chunk = prefill_chunk
+        self._attention = attention
+        self._decoder = Decoder(model, draft, page_size=page_size)
+        self.dtype = self._decoder.dtype
+        self._tokenizer = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether strings can be given and are returned; else prompts are token ids and texts empty."""
+        return self._tokenizer_dir is not None and (self._tokenizer_dir / "tokenizer_config.json").exists()
+
+    @property
+    def tokenizer(self):
+        """The checkpoint's transformers tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            if not self.has_tokenizer:
+                where = self._tokenizer_dir or "a model given as a module"
+                raise ValueError(f"{where} has no tokenizer: give prompts as lists of token ids, or add tokenizer files")
+            from transformers import AutoTokenizer  # seconds to import, and token-id users never need it
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_dir)
+        return self._tokenizer
+
+    @property
+    def compiled_programs(self) -> list[CompiledProgram]:
+        """Every compiled bucket so far, with its shapes and the seconds it took."""
+        return self._decoder.programs
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        speculative: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for any number of prompts: strings, lists of token ids, or one of either.
+
+        ``speculative=False`` runs the plain program; the tokens are the same (in float32: see the README's guarantee).
+        """
+        listed = _as_list(prompts)
+        params = _one_each(sampling_params, len(listed))
+        ids = [self._encode(p) for p in listed]
+        for index, (prompt, p) in enumerate(zip(ids, params, strict=True)):
+            check_prompt(prompt, p, index=index, vocab_size=self.config.vocab_size, limit=self.max_model_len)
+            if p.stop:
+                _ = self.tokenizer  # a checkpoint without one can't look for strings: say so before anything runs
+        rows = make_rows(ids, params, self.config.eos_token_ids)
+        done: dict[tuple[int, int], _Finished] = {}
+        with tqdm(total=len(rows), desc="generate", unit="row", disable=None if use_tqdm else True) as bar:
+            for group in pack(rows, self._max_batch_size):
+                for finished in self._serve(group, speculative, bar):
+                    done[finished.row.request, finished.row.sample] = finished
+        return [
+            self._output(prompt, prompt_ids, [done[i, sample] for sample in range(p.n)])
+            for i, (prompt, prompt_ids, p) in enumerate(zip(listed, ids, params, strict=True))
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        speculative: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """``generate`` for one conversation or several, through the checkpoint's chat template."""
+        single = bool(messages) and isinstance(messages[0], dict)
+        conversations = [messages] if single else messages
+        prompts = [self.apply_chat_template(m) for m in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, speculative=speculative, use_tqdm=use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        speculative: bool = True,
+    ) -> Iterator[str]:
+        """Yield text as it is decided, round by round: whole characters only, nothing of a stop string.
+
+        A list of messages goes through the chat template. Joined, the pieces are ``generate``'s text.
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
+            prompt = self.apply_chat_template(prompt)  # type: ignore[arg-type]
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"stream gives one text; n must be 1, got {params.n}")
+        ids = self._encode(prompt)  # type: ignore[arg-type]
+        check_prompt(ids, params, index=0, vocab_size=self.config.vocab_size, limit=self.max_model_len)
+        row = make_rows([ids], [params], self.config.eos_token_ids)[0]
+        return self._stream(row, self.tokenizer, speculative)
+
+    def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
+        text = Detokenizer(tokenizer, row.params.stop)
+        state, program = self._start([row], speculative)
+        sent = 0
+        while True:
+            state = self._decoder.launch(state, program, 1)
+            count, finished = int(state.num_output_B[0]), bool(state.finish_B[0])
+            piece = text.push(np.asarray(state.output_BO[0, sent:count]).tolist())
+            sent = count
+            finished = finished or text.stop_reason is not None
+            if finished:
+                piece += text.finish()
+            if piece:
+                yield piece
+            if finished:
+                return
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins to speak."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{self._tokenizer_dir} has no chat template; use generate() with a formatted prompt")
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+
+    def _start(self, rows: list[Row], speculative: bool) -> tuple[DecodeState, Program]:
+        """Prefilled state and the decode program of a batch."""
+        decoder = self._decoder
+        shapes = bucket(rows, page_size=decoder.page_size, chunk=self._chunk, limit=self.max_model_len)
+        batch, filters, num_logprobs = make_batch(rows, shapes.batch)
+        program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention)
+        return decoder.start(batch, program, capacity=shapes.capacity, chunk=shapes.chunk), program
+
+    def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[_Finished]:
+        """Generate for one batch."""
+        began = time.perf_counter()
+        state, program = self._start(rows, speculative)
+        jax.block_until_ready(state)
+        prefilled = time.perf_counter()
+
+        texts = [Detokenizer(self.tokenizer, row.params.stop) if row.params.stop else None for row in rows]
+        rounds = min(self._rounds_per_launch, ROUNDS_BETWEEN_STOP_CHECKS) if any(texts) else self._rounds_per_launch
+        finished_before = 0
+        while True:
+            state = self._decoder.launch(state, program, rounds)
+            finish_B, count_B, rounds_B = (
+                np.array(x) for x in (state.finish_B, state.num_output_B, state.num_rounds_B)
+            )
+            if any(texts):
+                state, finish_B = _stop_at_strings(state, texts, finish_B, count_B)
+            finished = int((finish_B[: len(rows)] > 0).sum())
+            bar.update(finished - finished_before)
+            finished_before = finished
+            seconds = time.perf_counter() - prefilled
+            bar.set_postfix_str(
+                f"{count_B.sum() / seconds:.1f} tok/s, {count_B.sum() / max(1, rounds_B.sum()):.2f} tok/call"
+            )
+            if finished == len(rows):
+                break
+        spent = (prefilled - began, time.perf_counter() - prefilled)
+        return _collect(rows, state, texts, program, spent)
+
+    def _output(self, prompt: Prompt, prompt_ids: list[int], finished: list[_Finished]) -> RequestOutput:
+        completions = []
+        for f in finished:
+            text = f.text
+            if text is None:
+                text = _decode_all(self.tokenizer, f.token_ids) if self.has_tokenizer else ""
+            completions.append(
+                CompletionOutput(f.row.sample, text, f.token_ids, f.finish_reason, f.stop_reason, f.logprobs)
+            )
+        metrics = RequestMetrics(
+            num_rounds=sum(f.num_rounds for f in finished),
+            num_emitted=sum(f.num_emitted for f in finished),
+            acceptance_histogram=np.sum([f.acceptance_P for f in finished], axis=0).tolist(),
+            prefill_seconds=max(f.seconds[0] for f in finished),
+            decode_seconds=max(f.seconds[1] for f in finished),
+            tree=finished[0].tree,
+        )
+        return RequestOutput(prompt if isinstance(prompt, str) else None, prompt_ids, completions, metrics)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A row's result, as ids."""
+
+    row: Row
+    token_ids: list[int]
+    text: str | None  # decided already where stop strings were looked for
+    finish_reason: str
+    stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None
+    num_rounds: int
+    num_emitted: int
+    acceptance_P: np.ndarray
+    seconds: tuple[float, float]
+    tree: str
+
+
+def _collect(
+    rows: list[Row],
+    state: DecodeState,
+    texts: list[Detokenizer | None],
+    program: Program,
+    seconds: tuple[float, float],
+) -> list[_Finished]:
+    output_BO, count_B, finish_B, rounds_B, acceptance_BP = jax.device_get(
+        (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B, state.acceptance_BP)
+    )
+    logprobs = None if state.logprobs is None else jax.device_get(state.logprobs)
+    results = []
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        token_ids = output_BO[i, : count_B[i]].tolist()
+        reason = FINISH_REASONS[finish_B[i]]
+        stop_reason: int | str | None = None
+        if text is not None and text.stop_reason is not None:
+            token_ids, stop_reason, reason = text.token_ids, text.stop_reason, "stop"
+        elif reason == "stop" and token_ids[-1] in row.params.stop_token_ids:
+            stop_reason = token_ids[-1]
+        tops = None
+        if logprobs is not None and row.params.logprobs is not None:
+            tops = []
+            for p, token in enumerate(token_ids):
+                best = zip(logprobs.top_id_BOn[i, p], logprobs.top_BOn[i, p], strict=True)
+                ranked = {int(t): Logprob(float(v), rank) for rank, (t, v) in enumerate(best, 1)}
+                kept = dict(list(ranked.items())[: row.params.logprobs])
+                chosen = Logprob(float(logprobs.chosen_BO[i, p]), ranked[token].rank if token in ranked else None)
+                tops.append({token: chosen, **kept})
+        if text is not None:
+            text.finish()
+        results.append(
+            _Finished(
+                row=row,
+                token_ids=token_ids,
+                text=None if text is None else text.text,
+                finish_reason=str(reason),
+                stop_reason=stop_reason,
+                logprobs=tops,
+                num_rounds=int(rounds_B[i]),
+                num_emitted=int(count_B[i]),
+                acceptance_P=acceptance_BP[i],
+                seconds=seconds,
+                tree=f"{program.plan.num_nodes} nodes, depth {program.plan.max_depth}" if program.drafts else "off",
+            )
+        )
+    return results
+
+
+def _stop_at_strings(
+    state: DecodeState, texts: list[Detokenizer | None], finish_B: np.ndarray, count_B: np.ndarray
+) -> tuple[DecodeState, np.ndarray]:
+    """Feed new tokens to the detokenizers and end the rows whose stop string has appeared."""
+    output_BO = np.asarray(state.output_BO)
+    ended = False
+    for i, text in enumerate(texts):
+        if text is None or text.stop_reason is not None:
+            continue
+        text.push(output_BO[i, len(text.token_ids) : count_B[i]].tolist())
+        if text.stop_reason is not None and finish_B[i] == 0:
+            finish_B[i] = FINISH_REASONS.index("stop")
+            ended = True
+    if ended:
+        state = dataclasses.replace(state, finish_B=jax.numpy.asarray(finish_B))
+    return state, finish_B
+
+
+def _decode_all(tokenizer, token_ids: list[int]) -> str:
+    text = Detokenizer(tokenizer)
+    text.push(token_ids)
+    text.finish()
+    return text.text
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts came with {len(params)} SamplingParams; give one, or one per prompt")
+    return list(params)
+
+
+def _keep_compiled_programs(directory: Path) -> None:
+    """Let a second process start fast. A cache directory the user has set stays."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

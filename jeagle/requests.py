@@ -1,0 +1,108 @@
+"""Requests on the host: checked before anything runs, then packed into batches of a few compiled shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jeagle.decoder import Batch
+from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
+
+__all__ = ["Bucket", "Row", "bucket", "check_prompt", "make_batch", "make_rows", "pack"]
+
+# Prompts of up to this many tokens are prefilled in one short chunk; longer ones in chunks of the engine's full size.
+SHORT_CHUNK = 64
+SMALLEST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of one request: what becomes a row of a batch."""
+
+    request: int
+    sample: int
+    prompt: np.ndarray  # int32 ids
+    params: SamplingParams
+    key: np.ndarray  # uint32 [2]
+    stop_ids: tuple[int, ...]
+
+    @property
+    def num_positions(self) -> int:
+        """Cache positions the row can come to need: the last emitted token is never committed."""
+        return len(self.prompt) + self.params.max_tokens - 1
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shapes a batch compiles for; few by design."""
+
+    batch: int
+    capacity: int
+    chunk: int
+
+
+def check_prompt(prompt: list[int], params: SamplingParams, *, index: int, vocab_size: int, limit: int) -> None:
+    """Raises ValueError, naming the prompt, for anything that could not be generated from."""
+    if not prompt:
+        raise ValueError(f"prompt {index} is empty; give at least one token")
+    wrong = [t for t in prompt if not isinstance(t, (int, np.integer)) or isinstance(t, bool)]
+    if wrong:
+        raise ValueError(f"prompt {index} must be a string or a list of token ids, got {wrong[0]!r}")
+    outside = [t for t in prompt if not 0 <= t < vocab_size]
+    if outside:
+        raise ValueError(f"prompt {index} holds token id {outside[0]}, outside the vocabulary of {vocab_size}")
+    if len(prompt) + params.max_tokens > limit:
+        raise ValueError(
+            f"prompt {index} has {len(prompt)} tokens and max_tokens is {params.max_tokens}; together they exceed the "
+            f"limit of {limit} positions: shorten the prompt, lower max_tokens or raise max_model_len"
+        )
+    outside = [t for t in params.stop_token_ids if t >= vocab_size]
+    if outside:
+        raise ValueError(f"stop_token_ids holds {outside[0]}, outside the vocabulary of {vocab_size}")
+
+
+def make_rows(prompts: list[list[int]], params: list[SamplingParams], eos_ids: tuple[int, ...]) -> list[Row]:
+    """A row per prompt and sample. Equal seeds give a request the same key in whatever company it comes."""
+    rows = []
+    for request, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        stop_ids = tuple(sorted({*(() if p.ignore_eos else eos_ids), *p.stop_token_ids}))
+        for sample, key in enumerate(seed_keys(p.seed, p.n)):
+            rows.append(Row(request, sample, np.asarray(prompt, np.int32), p, key, stop_ids))
+    return rows
+
+
+def pack(rows: list[Row], max_batch_size: int) -> list[list[Row]]:
+    """Rows of like length together, so that little of a batch's prefill and cache is padding."""
+    ordered = sorted(rows, key=lambda row: (len(row.prompt), row.num_positions))
+    return [ordered[i : i + max_batch_size] for i in range(0, len(ordered), max_batch_size)]
+
+
+def bucket(rows: list[Row], *, page_size: int, chunk: int, limit: int) -> Bucket:
+    """Powers of two; the capacity stops at the model's limit, rounded up to whole pages."""
+    capacity = max(_power_of_two(max(row.num_positions for row in rows)), SMALLEST_CAPACITY)
+    capacity = -(-min(capacity, max(limit, 1)) // page_size) * page_size
+    longest = max(len(row.prompt) for row in rows) - 1
+    return Bucket(_power_of_two(len(rows)), capacity, min(SHORT_CHUNK, chunk) if longest <= SHORT_CHUNK else chunk)
+
+
+def make_batch(rows: list[Row], size: int) -> tuple[Batch, Filters, int | None]:
+    """Arrays for ``size`` rows, padded with rows finished from the start; filters and log-probabilities to compute."""
+    padding = size - len(rows)
+    params = [row.params for row in rows] + [SamplingParams()] * padding
+    keys = np.stack([row.key for row in rows] + [np.zeros(2, np.uint32)] * padding)
+    width = _power_of_two(max(4, *(len(row.stop_ids) for row in rows)))
+    stop_id_BI = np.full((size, width), -1, np.int32)
+    max_tokens_B = np.zeros(size, np.int32)
+    for i, row in enumerate(rows):
+        stop_id_BI[i, : len(row.stop_ids)] = row.stop_ids
+        max_tokens_B[i] = row.params.max_tokens
+    asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
+    # One compiled width for all top-n requests; 0 (the chosen token alone) is cheap enough to keep apart.
+    num_logprobs = None if not asked else (20 if max(asked) > 5 else 5 if max(asked) else 0)
+    batch = Batch([row.prompt for row in rows], RowSampling.stack(params, keys), stop_id_BI, max_tokens_B)
+    return batch, Filters.needed(params), num_logprobs
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
