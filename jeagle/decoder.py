@@ -97,16 +97,16 @@ class Decoder:
         if program.num_logprobs is not None:
             shape = (B, capacity, program.num_logprobs)
             logprobs = Logprobs(jnp.zeros(shape[:2]), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
-        # Separate buffers, every one of them: the state is donated, and a buffer can be given away once only.
+        # Copies, every one of them: the state is donated, and a batch may be started twice.
         return DecodeState(
             cache=caches.target,
             draft=draft,
             page_table_BM=caches.page_table_BM,
-            length_B=jnp.asarray(prompt_B - 1),
-            root_B=jnp.asarray(root_B),
-            sampling=batch.sampling,
-            stop_id_BI=jnp.asarray(batch.stop_id_BI),
-            max_tokens_B=jnp.asarray(batch.max_tokens_B),
+            length_B=jnp.array(prompt_B - 1),
+            root_B=jnp.array(root_B),
+            sampling=jax.tree.map(jnp.array, batch.sampling),
+            stop_id_BI=jnp.array(batch.stop_id_BI),
+            max_tokens_B=jnp.array(batch.max_tokens_B),
             output_BO=jnp.zeros((B, capacity), jnp.int32),
             num_output_B=jnp.zeros(B, jnp.int32),
             logprobs=logprobs,

@@ -148,7 +148,7 @@ def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Arr
     Bisection over the float's ordered bit pattern: 32 passes of compare-and-sum, no sort (a sort of 49,152 logits
     costs a CPU eight times as much), and exact.
     """
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal 0.0
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 equals 0.0
     ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
     key = jax.lax.bitcast_convert_type(ordered, jnp.uint32)
 

