@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jeagle.config import BlockConfig
 
-__all__ = ["KVCache", "NewKV", "Prefix", "commit"]
+__all__ = ["KVCache", "NewKV", "Prefix", "after", "commit"]
 
 NewKV = tuple[jax.Array, jax.Array]  # one layer's (k_BTKH, v_BTKH) of T new positions
 
@@ -55,6 +55,16 @@ class Prefix:
 
     def with_length(self, length_B: jax.Array) -> Prefix:
         return dataclasses.replace(self, length_B=length_B)
+
+
+def after(new_kv: list[NewKV], last_read: jax.Array) -> list[NewKV]:
+    """``new_kv``, but not before ``last_read`` is computed.
+
+    A layer's new keys do not depend on reading its cache. Unless something orders the write after the read, XLA may
+    keep
+    both versions alive: a copy of the whole cache. Needed wherever what is committed was not chosen from logits.
+    """
+    return jax.lax.optimization_barrier((new_kv, last_read))[0]
 
 
 def commit(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jeagle.cache import KVCache, Prefix, commit
+from jeagle.cache import KVCache, Prefix, after, commit
 from jeagle.draft import DraftState, propose
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
@@ -132,12 +132,9 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     cache = commit(state.cache, forward.new_kv, prefix, num_emitted_B, path_BP)
     draft = state.draft
     if draft is not None and pending_kv is not None:
-        # The barrier orders this write after the last read of the head's cache; without that dependency XLA may copy
-        # the whole cache to keep both versions alive.
-        pending_kv, _ = jax.lax.optimization_barrier((pending_kv, num_emitted_B))
         committed = prefix.with_length(state.length_B - draft.count_B)
         draft = DraftState(
-            commit(draft.cache, pending_kv, committed, jnp.where(running_B, draft.count_B, 0)),
+            commit(draft.cache, after(pending_kv, num_emitted_B), committed, jnp.where(running_B, draft.count_B, 0)),
             jnp.take_along_axis(forward.feature_BTX, path_BP[:, :, None], axis=1),
             emitted_BP,
             num_emitted_B,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jeagle import attention as attention_registry
-from jeagle.checkpoint import load_eagle, load_llama
+from jeagle.checkpoint import DTYPES, load_eagle, load_llama
 from jeagle.decode import FINISH_REASONS, DecodeState, Program
 from jeagle.decoder import CompiledProgram, Decoder
 from jeagle.eagle import EagleHead
@@ -28,7 +28,7 @@ from jeagle.locate import locate
 from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
 from jeagle.sampling import SamplingParams
-from jeagle.text import Detokenizer
+from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, TreePlan, parse_tree
 
 __all__ = ["LLM"]
@@ -80,9 +80,12 @@ class LLM:
             rounds_per_launch=rounds_per_launch,
             prefill_chunk=prefill_chunk,
             page_size=page_size,
+            **({} if max_model_len is None else {"max_model_len": max_model_len}),
         ).items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if dtype not in ("auto", *DTYPES):  # asked before anything is converted
+            raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
         attention_registry.resolve(attention)
         plan = parse_tree("chain-3" if isinstance(tree, str) and tree == "auto" else tree)
         cache = Path(cache_dir or os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
@@ -97,7 +100,7 @@ class LLM:
         self.config = model.config
         limit = self.config.max_position
         if max_model_len is not None:
-            if not 1 <= max_model_len <= limit:
+            if max_model_len > limit:
                 raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
             limit = max_model_len
         self.max_model_len = limit
@@ -113,7 +116,8 @@ class LLM:
     @property
     def has_tokenizer(self) -> bool:
         """Whether strings can be given and are returned; else prompts are token ids and texts empty."""
-        return self._tokenizer_dir is not None and (self._tokenizer_dir / "tokenizer_config.json").exists()
+        names = ("tokenizer.json", "tokenizer.model")
+        return self._tokenizer_dir is not None and any((self._tokenizer_dir / name).exists() for name in names)
 
     @property
     def tokenizer(self):
@@ -121,10 +125,10 @@ class LLM:
         if self._tokenizer is None:
             if not self.has_tokenizer:
                 where = self._tokenizer_dir or "a model given as a module"
-                raise ValueError(f"{where} has no tokenizer: give prompts as lists of token ids, or add tokenizer files")
-            from transformers import AutoTokenizer  # seconds to import, and token-id users never need it
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_dir)
+                raise ValueError(
+                    f"{where} has no tokenizer: give prompts as lists of token ids, or add tokenizer files"
+                )
+            self._tokenizer = load_tokenizer(self._tokenizer_dir)
         return self._tokenizer
 
     @property
@@ -146,11 +150,11 @@ class LLM:
         """
         listed = _as_list(prompts)
         params = _one_each(sampling_params, len(listed))
-        ids = [self._encode(p) for p in listed]
-        for index, (prompt, p) in enumerate(zip(ids, params, strict=True)):
-            check_prompt(prompt, p, index=index, vocab_size=self.config.vocab_size, limit=self.max_model_len)
-            if p.stop:
-                _ = self.tokenizer  # a checkpoint without one can't look for strings: say so before anything runs
+        if self.has_tokenizer or any(p.stop for p in params):
+            _ = (
+                self.tokenizer
+            )  # one that is damaged, or missing where stop strings need it, is said before anything runs
+        ids = [self._encode(prompt, p, index) for index, (prompt, p) in enumerate(zip(listed, params, strict=True))]
         rows = make_rows(ids, params, self.config.eos_token_ids)
         done: dict[tuple[int, int], _Finished] = {}
         with tqdm(total=len(rows), desc="generate", unit="row", disable=None if use_tqdm else True) as bar:
@@ -171,8 +175,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """``generate`` for one conversation or several, through the checkpoint's chat template."""
-        single = bool(messages) and isinstance(messages[0], dict)
-        conversations = [messages] if single else messages
+        conversations = [messages] if _is_conversation(messages) else messages
         prompts = [self.apply_chat_template(m) for m in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, speculative=speculative, use_tqdm=use_tqdm)
 
@@ -187,14 +190,12 @@ class LLM:
 
         A list of messages goes through the chat template. Joined, the pieces are ``generate``'s text.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
+        if _is_conversation(prompt):
             prompt = self.apply_chat_template(prompt)  # type: ignore[arg-type]
-        params = sampling_params or SamplingParams()
+        (params,) = _one_each(sampling_params, 1)
         if params.n != 1:
             raise ValueError(f"stream gives one text; n must be 1, got {params.n}")
-        ids = self._encode(prompt)  # type: ignore[arg-type]
-        check_prompt(ids, params, index=0, vocab_size=self.config.vocab_size, limit=self.max_model_len)
-        row = make_rows([ids], [params], self.config.eos_token_ids)[0]
+        row = make_rows([self._encode(_plain(prompt), params, 0)], [params], self.config.eos_token_ids)[0]
         return self._stream(row, self.tokenizer, speculative)
 
     def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
@@ -203,8 +204,10 @@ class LLM:
         sent = 0
         while True:
             state = self._decoder.launch(state, program, 1)
-            count, finished = int(state.num_output_B[0]), bool(state.finish_B[0])
-            piece = text.push(np.asarray(state.output_BO[0, sent:count]).tolist())
+            # Read whole and cut here: slices of device arrays would be compiled, one program per length.
+            output_BO, count_B, finish_B = jax.device_get((state.output_BO, state.num_output_B, state.finish_B))
+            count, finished = int(count_B[0]), bool(finish_B[0])
+            piece = text.push(output_BO[0, sent:count].tolist())
             sent = count
             finished = finished or text.stop_reason is not None
             if finished:
@@ -218,10 +221,14 @@ class LLM:
         """Token ids of a conversation, up to where the assistant begins to speak."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self._tokenizer_dir} has no chat template; use generate() with a formatted prompt")
-        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        if not _is_conversation(messages):
+            raise ValueError(f'a conversation is a list of {{"role": ..., "content": ...}} messages, got {messages!r}')
+        return encode_chat(self.tokenizer, list(messages))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+    def _encode(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
+        """A prompt's ids, checked."""
+        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+        return check_prompt(ids, params, index=index, vocab_size=self.config.vocab_size, limit=self.max_model_len)
 
     def _start(self, rows: list[Row], speculative: bool) -> tuple[DecodeState, Program]:
         """Prefilled state and the decode program of a batch."""
@@ -321,11 +328,10 @@ def _collect(
         if logprobs is not None and row.params.logprobs is not None:
             tops = []
             for p, token in enumerate(token_ids):
-                best = zip(logprobs.top_id_BOn[i, p], logprobs.top_BOn[i, p], strict=True)
-                ranked = {int(t): Logprob(float(v), rank) for rank, (t, v) in enumerate(best, 1)}
-                kept = dict(list(ranked.items())[: row.params.logprobs])
-                chosen = Logprob(float(logprobs.chosen_BO[i, p]), ranked[token].rank if token in ranked else None)
-                tops.append({token: chosen, **kept})
+                # The program may have computed more than this row asked for, as another one in the batch did.
+                best = zip(*(x[i, p, : row.params.logprobs].tolist() for x in (logprobs.top_id_BOn, logprobs.top_BOn)))
+                ranked = {t: Logprob(value, rank) for rank, (t, value) in enumerate(best, 1)}
+                tops.append({token: Logprob(float(logprobs.chosen_BO[i, p])), **ranked})
         if text is not None:
             text.finish()
         results.append(
@@ -371,17 +377,31 @@ def _decode_all(tokenizer, token_ids: list[int]) -> str:
     return text.text
 
 
+def _plain(prompt):
+    """Arrays of token ids as lists."""
+    return prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    prompts = _plain(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) and isinstance(prompts[0], (int, np.integer)):
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"prompts must be a string, a list of token ids, or a list of these, got {prompts!r}")
+    if prompts and isinstance(prompts[0], (int, np.integer)):
         return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    return [_plain(prompt) for prompt in prompts]
+
+
+def _is_conversation(messages: object) -> bool:
+    return isinstance(messages, (list, tuple)) and bool(messages) and all(isinstance(m, Mapping) for m in messages)
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)) or not all(isinstance(p, SamplingParams) for p in params):
+        raise ValueError(f"sampling_params must be a SamplingParams, or a list of one per prompt, got {params!r}")
     if len(params) != count:
         raise ValueError(f"{count} prompts came with {len(params)} SamplingParams; give one, or one per prompt")
     return list(params)

@@ -31,7 +31,7 @@ def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = 
 
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:
-            convert(source, destination, kind=kind, target=target)
+            convert(path if path.exists() else source, destination, kind=kind, target=target)
         except ConversionError:
             if not is_checkpoint(destination):  # else another process has just finished the same conversion
                 raise

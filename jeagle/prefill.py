@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jeagle.cache import KVCache, Prefix, commit
+from jeagle.cache import KVCache, Prefix, after, commit
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 
@@ -65,10 +65,10 @@ def prefill_chunk(
         )
         # The last pair (feature of the last committed position, root) stays pending: the first round extends it.
         last_B = wanted_B - 1 - offset
-        head_cache = commit(head_cache, ran.new_kv, prefix, jnp.clip(last_B, 0, T))
+        head_cache = commit(head_cache, after(ran.new_kv, ran.hidden_BTD), prefix, jnp.clip(last_B, 0, T))
         here_B = (last_B >= 0) & (last_B < T)
         index_B11 = jnp.clip(last_B, 0, T - 1)[:, None, None]
         last_BX = jnp.take_along_axis(forward.feature_BTX, index_B11, axis=1)[:, 0]
         feature_BX = jnp.where(here_B[:, None], last_BX, feature_BX)
-    cache = commit(caches.target, forward.new_kv, prefix, jnp.clip(wanted_B - offset, 0, T))
+    cache = commit(caches.target, after(forward.new_kv, forward.hidden_BTD), prefix, jnp.clip(wanted_B - offset, 0, T))
     return Caches(cache, head_cache, feature_BX, caches.page_table_BM)

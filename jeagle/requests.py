@@ -42,8 +42,10 @@ class Bucket:
     chunk: int
 
 
-def check_prompt(prompt: list[int], params: SamplingParams, *, index: int, vocab_size: int, limit: int) -> None:
-    """Raises ValueError, naming the prompt, for anything that could not be generated from."""
+def check_prompt(prompt: object, params: SamplingParams, *, index: int, vocab_size: int, limit: int) -> list[int]:
+    """The prompt's ids. Raises ValueError, naming the prompt, for anything that could not be generated from."""
+    if not isinstance(prompt, (list, tuple)):
+        raise ValueError(f"prompt {index} must be a string or a list of token ids, got {prompt!r}")
     if not prompt:
         raise ValueError(f"prompt {index} is empty; give at least one token")
     wrong = [t for t in prompt if not isinstance(t, (int, np.integer)) or isinstance(t, bool)]
@@ -60,6 +62,7 @@ def check_prompt(prompt: list[int], params: SamplingParams, *, index: int, vocab
     outside = [t for t in params.stop_token_ids if t >= vocab_size]
     if outside:
         raise ValueError(f"stop_token_ids holds {outside[0]}, outside the vocabulary of {vocab_size}")
+    return [int(t) for t in prompt]
 
 
 def make_rows(prompts: list[list[int]], params: list[SamplingParams], eos_ids: tuple[int, ...]) -> list[Row]:

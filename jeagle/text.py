@@ -1,17 +1,62 @@
-"""From token ids to text as they arrive: whole characters only, and stop strings."""
+"""Between text and token ids: tokenizers, and text as ids arrive, in whole characters and up to stop strings."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-__all__ = ["Detokenizer", "Tokenizer"]
+__all__ = ["Detokenizer", "Tokenizer", "encode", "encode_chat", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that jeagle uses."""
 
+    chat_template: str | None
+
+    def __call__(self, text: str, **kwargs) -> Any: ...
+
     def decode(self, token_ids: list[int], **kwargs) -> str: ...
+
+    def apply_chat_template(self, conversation: list, **kwargs) -> Any: ...
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The transformers tokenizer in ``directory``. Code that a checkpoint brings along is never run."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it misses PyTorch, aloud
+    from transformers import AutoTokenizer  # seconds to import, and token-id users never need it
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            clean_up_tokenization_spaces=False,  # what is cleaned up could not be streamed
+        )
+    except Exception as error:  # of any type: JSON, KeyError, Rust
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot load the tokenizer in {directory} ({type(error).__name__}: {reason})") from error
+
+
+def encode(tokenizer: Tokenizer, text: str, **kwargs) -> list[int]:
+    """Token ids of a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
+    return tokenizer(text, **kwargs).input_ids
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list) -> list[int]:
+    """Token ids of a conversation, up to where the assistant begins to speak."""
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template cannot render {messages!r}: {error}") from error
+    return encode(tokenizer, text, add_special_tokens=False)  # the template writes them
 
 
 class Detokenizer:
@@ -45,25 +90,31 @@ class Detokenizer:
             if self.stop_reason is not None:
                 break
             self.token_ids.append(token)
-            self._decode()
+            self._decode(final=False)
         if self.stop_reason is None:
             self._released = max(before, len(self._text) - self._held())
         return self._text[before : self._released]
 
     def finish(self) -> str:
-        """No more ids: releases what only waited for a stop string. Half a character at the very end is dropped."""
+        """No more ids: releases what only waited for more. Half a character at the very end is dropped."""
         before = self._released
+        if self.stop_reason is None:
+            self._decode(final=True)
         self._released = len(self._text)
         return self._text[before:]
 
-    def _decode(self) -> None:
+    def _decode(self, *, final: bool) -> None:
         context = self._tokenizer.decode(self.token_ids[self._begin : self._read], skip_special_tokens=True)
-        window = self._tokenizer.decode(self.token_ids[self._begin :], skip_special_tokens=True)
-        if window.endswith("\ufffd"):  # the replacement character: inside a multi-byte character
-            return
+        new = self._tokenizer.decode(self.token_ids[self._begin :], skip_special_tokens=True)[len(context) :]
+        if new.endswith("\ufffd"):  # the replacement character: inside a multi-byte character
+            if not final:
+                return
+            new = new.rstrip("\ufffd")
         start = len(self._text)
-        self._text += window[len(context) :]
-        self._begin, self._read = self._read, len(self.token_ids)
+        self._text += new
+        if new:  # a token without text, such as EOS, is no left context
+            self._begin = self._read
+        self._read = len(self.token_ids)
         self._find_stop(start)
 
     def _find_stop(self, start: int) -> None:

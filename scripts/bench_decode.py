@@ -1,0 +1,232 @@
+"""What does a step cost, and how far is it from what the memory allows?
+
+    python scripts/bench_decode.py                                  SmolLM2-135M's shape, random weights, float32
+    python scripts/bench_decode.py --model models/smollm2-135m      the real model; also times LLM.generate
+    python scripts/bench_decode.py --shape llama3_1b --dtype bfloat16
+
+Times one target forward inside the compiled loop for T = 1 (a plain step) and T = 2..32 (verifying a tree of T nodes),
+one step of the EAGLE head, and the share of ``LLM.generate``'s time that is spent outside the device loop. Every time
+is the best of several repeats taken in turns, so that a busy machine disturbs all of them alike; read the ratios. The
+floor is the bytes of the weights read once per step over the bandwidth measured in this run (the best of a numpy and
+an XLA read of 1 GB). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jeagle import LLM, LlamaConfig, SamplingParams
+from jeagle.cache import after, commit
+from jeagle.checkpoint import load_llama
+from jeagle.decode import DecodeState, Program
+from jeagle.decoder import Batch, Decoder
+from jeagle.demo import random_head
+from jeagle.llama import Llama
+from jeagle.sampling import Filters, RowSampling, choose, seed_keys
+from jeagle.tree import OFF, StaticTree, Tree, ancestor_mask
+from jeagle.verify import accept
+
+STEPS = 16  # per timed launch
+
+
+def bandwidth(repeats: int = 7) -> float:
+    """Bytes per second of reading 1 GB of float32: the better of numpy and XLA."""
+    host = np.ones(1 << 28, np.float32)
+    device = jnp.asarray(host)
+    xla_sum = jax.jit(jnp.sum)
+    best = np.inf
+    for _ in range(repeats):
+        for read in (lambda: float(host.sum()), lambda: float(xla_sum(device))):
+            began = time.perf_counter()
+            read()
+            best = min(best, time.perf_counter() - began)
+    return host.nbytes / best
+
+
+def chain_tree(state: DecodeState, num_nodes: int) -> Tree:
+    """A chain of T nodes that all hold the root's token: what it costs does not depend on what it says."""
+    B = state.root_B.shape[0]
+    depth_BT = jnp.broadcast_to(jnp.arange(num_nodes, dtype=jnp.int32), (B, num_nodes))
+    parent_BT = jnp.maximum(depth_BT - 1, 0)
+    token_BT = jnp.broadcast_to(state.root_B[:, None], (B, num_nodes))
+    mask = ancestor_mask(parent_BT, num_nodes - 1)
+    return Tree(token_BT, parent_BT, depth_BT, mask, jnp.ones_like(token_BT, dtype=bool))
+
+
+def verify_steps(definition, params, state: DecodeState, *, num_nodes: int, taps: tuple[int, ...]) -> DecodeState:
+    """STEPS times: forward over T nodes, LM head, choice, acceptance, commit of one position."""
+    target: Llama = nnx.merge(definition, params)
+
+    def step(_, state: DecodeState) -> DecodeState:
+        tree = chain_tree(state, num_nodes)
+        position_BT = state.length_B[:, None] + tree.depth_BT
+        forward = target(tree.token_BT, position_BT, tree.mask_BTT, state.cache, state.prefix, taps=taps)
+        chosen_BT = choose(target.logits(forward.hidden_BTD), position_BT + 1, state.sampling, Filters())
+        path_BP, _ = accept(tree, chosen_BT, num_nodes)
+        one_B = jnp.ones_like(state.length_B)
+        cache = commit(state.cache, forward.new_kv, state.prefix, one_B, path_BP)
+        return DecodeState(**{**vars(state), "cache": cache, "length_B": state.length_B + 1, "root_B": chosen_BT[:, 0]})
+
+    return jax.lax.fori_loop(0, STEPS, step, state)
+
+
+def draft_steps(definitions, params, state: DecodeState) -> DecodeState:
+    """STEPS times: one position through the head, its LM head, and the best 4 children."""
+    target, head = (nnx.merge(d, p) for d, p in zip(definitions, params))
+    draft = state.draft
+    assert draft is not None
+
+    def step(_, carry):
+        cache, length_B, token_B1, feature_B1D = carry
+        prefix = state.prefix.with_length(length_B)
+        see_self = jnp.ones((1, 1, 1), bool)
+        ran = head(token_B1, feature_B1D, length_B[:, None], see_self, cache, prefix, target=target)
+        _, best = jax.lax.top_k(head.logits(ran.hidden_BTD, target), 4)
+        cache = commit(cache, after(ran.new_kv, best), prefix, jnp.ones_like(length_B))
+        return cache, length_B + 1, best[:, :, 0], ran.feature_BTD
+
+    first = (draft.cache, state.length_B, state.root_B[:, None], head.fuse(draft.feature_BPX[:, :1]))
+    cache, *_ = jax.lax.fori_loop(0, STEPS, step, first)
+    return DecodeState(**{**vars(state), "draft": type(draft)(**{**vars(draft), "cache": cache})})
+
+
+class Timed:
+    """A compiled function of a state, its compile seconds and its best time."""
+
+    def __init__(self, function: Callable, params, state: DecodeState):
+        began = time.perf_counter()
+        self.compiled = jax.jit(function, donate_argnums=(1,)).lower(params, state).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.params, self.state, self.best = params, state, np.inf
+
+    def run(self) -> None:
+        state = DecodeState(**{**vars(self.state), "length_B": self.state.length_B * 0 + 100})  # same prefix every time
+        began = time.perf_counter()
+        self.state = jax.block_until_ready(self.compiled(self.params, state))
+        self.best = min(self.best, (time.perf_counter() - began) / STEPS)
+
+
+def host_share(llm: LLM, prompt: list[int], tokens: int, repeats: int) -> dict:
+    """Share of generate's decode time outside the device loop: its own launches against one launch of all rounds."""
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    llm.generate(prompt, params, speculative=False, use_tqdm=False)
+    whole, device = np.inf, np.inf
+    for _ in range(repeats):
+        (out,) = llm.generate(prompt, params, speculative=False, use_tqdm=False)
+        whole = min(whole, out.metrics.decode_seconds)
+        decoder, bucket = llm._decoder, next(p for p in llm.compiled_programs if p.name == "decode")
+        assert bucket.program is not None
+        state = decoder.start(make_batch(1, prompt, tokens), bucket.program, capacity=bucket.capacity, chunk=64)
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        jax.block_until_ready(decoder.launch(state, bucket.program, tokens))
+        device = min(device, time.perf_counter() - began)
+    return dict(tokens=tokens, generate_s=whole, one_launch_s=device, host_share=max(0.0, 1 - device / whole))
+
+
+def make_batch(rows: int, prompt: list[int], max_tokens: int) -> Batch:
+    sampling = RowSampling.stack([SamplingParams()] * rows, seed_keys(0, rows))
+    limits = np.full(rows, max_tokens, np.int32)
+    return Batch([np.array(prompt, np.int32)] * rows, sampling, np.full((rows, 4), -1, np.int32), limits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="a converted checkpoint; without one, --shape with random weights")
+    parser.add_argument("--shape", default="smollm2_135m", choices=["smollm2_135m", "llama3_1b", "llama3_8b"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; the prefix is 100 long")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--out", help="also write the JSON here")
+    args = parser.parse_args()
+
+    dtype = jnp.dtype(args.dtype)
+    if args.model:
+        target = load_llama(args.model, dtype=args.dtype)
+    else:
+        target = Llama(getattr(LlamaConfig, args.shape)(), dtype=dtype, rngs=nnx.Rngs(0))
+    head = random_head(target)
+    prompt = list(range(10, 111))
+    decoder = Decoder(target, head)
+    definitions, params = tuple(nnx.graphdef(m) for m in (target, head)), decoder.params
+
+    def fresh(plan: StaticTree) -> DecodeState:
+        batch = make_batch(args.batch, prompt, 1)
+        return decoder.start(batch, Program(plan=plan), capacity=args.capacity, chunk=64)
+
+    timed = {
+        f"verify_{n}": Timed(
+            partial(verify_steps, definitions[0], num_nodes=n, taps=head.config.taps), params[0], fresh(OFF)
+        )
+        for n in args.nodes
+    }
+    timed["draft"] = Timed(partial(draft_steps, definitions), params, fresh(StaticTree.chain(1)))
+    speed = 0.0
+    for _ in range(args.repeats):
+        speed = max(speed, bandwidth(repeats=1))
+        for each in timed.values():
+            each.run()
+
+    weights = sum(x.nbytes for x in jax.tree.leaves(params[0]))
+    if target.lm_head is not None:
+        weights -= target.embed[...].nbytes  # an untied embedding is a look-up of a few rows
+    floor = weights / speed
+    plain = timed["verify_1"].best
+    result: dict = dict(
+        script="bench_decode",
+        command=" ".join(["python", "scripts/bench_decode.py", *sys.argv[1:]]),
+        model=args.model or f"{args.shape}, random weights",
+        device=f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        jax=jax.__version__,
+        dtype=args.dtype,
+        batch=args.batch,
+        prefix=100,
+        capacity=args.capacity,
+        load_average=os.getloadavg()[0],
+        bandwidth_GBps=speed / 1e9,
+        weights_MB=weights / 1e6,
+        floor_ms=floor * 1e3,
+        plain_ms=plain * 1e3,
+        plain_over_floor=plain / floor,
+        verify_ms={n: timed[f"verify_{n}"].best * 1e3 for n in args.nodes},
+        verify_over_plain={n: timed[f"verify_{n}"].best / plain for n in args.nodes},
+        draft_ms=timed["draft"].best * 1e3,
+        draft_over_plain=timed["draft"].best / plain,
+        compile_s={name: round(each.compile_seconds, 2) for name, each in timed.items()},
+    )
+    if args.batch == 1:
+        llm = LLM(args.model or target, dtype=args.dtype)
+        result["host"] = host_share(llm, prompt, 256, max(2, args.repeats // 3))
+
+    print(f"{result['model']}, {args.dtype}, batch {args.batch}, prefix 100 of {args.capacity}, {result['device']}")
+    print(f"bandwidth {speed / 1e9:.1f} GB/s, weights {weights / 1e6:.0f} MB, floor {floor * 1e3:.2f} ms")
+    print(f"plain step {plain * 1e3:.2f} ms: {plain / floor:.2f}x the floor, {floor / plain:.0%} of bandwidth")
+    for n in args.nodes[1:]:
+        print(f"verify T={n:<3} {result['verify_ms'][n]:.2f} ms: {result['verify_over_plain'][n]:.2f}x a plain step")
+    print(f"draft step  {result['draft_ms']:.2f} ms: {result['draft_over_plain']:.2f}x a plain step")
+    if "host" in result:
+        share, tokens = result["host"]["host_share"], result["host"]["tokens"]
+        print(f"outside the device loop: {share:.2%} of generating {tokens} tokens")
+    line = json.dumps(result)
+    if args.out:
+        with open(args.out, "w") as file:
+            file.write(json.dumps(result, indent=1) + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

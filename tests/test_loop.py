@@ -1,0 +1,122 @@
+"""The compiled loop: caches updated in place, nothing recompiled, nothing fetched by the host on the way."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jeagle import LLM, SamplingParams
+from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.decode import Program
+from jeagle.decoder import Batch, CompiledProgram, Decoder
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.sampling import Filters, RowSampling, seed_keys
+from jeagle.sampling import SamplingParams as Params
+from jeagle.tree import OFF, StaticTree
+
+# A cache that outweighs all else: 3 layers x 8192 positions against a vocabulary of 64.
+CONFIG = LlamaConfig.tiny(num_layers=3, head_dim=32, vocab_size=64, max_position=8192)
+BATCH, CAPACITY = 2, 8192
+
+
+def make_llm(**options) -> LLM:
+    target = Llama(CONFIG, rngs=nnx.Rngs(0))
+    return LLM(target, EagleHead(EagleConfig.for_target(CONFIG, "eagle3"), rngs=nnx.Rngs(1)), **options)
+
+
+def make_batch(max_tokens: int) -> Batch:
+    return Batch(
+        [np.arange(1, 40, dtype=np.int32)] * BATCH,
+        RowSampling.stack([Params()] * BATCH, seed_keys(0, BATCH)),
+        np.full((BATCH, 4), -1, np.int32),
+        np.full(BATCH, max_tokens, np.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    target = Llama(CONFIG, rngs=nnx.Rngs(0))
+    return Decoder(target, EagleHead(EagleConfig.for_target(CONFIG, "eagle3"), rngs=nnx.Rngs(1)))
+
+
+def compiled(decoder: Decoder, plan: StaticTree, filters: Filters) -> CompiledProgram:
+    program = Program(plan=plan, filters=filters)
+    state = decoder.start(make_batch(8), program, capacity=CAPACITY, chunk=64)
+    decoder.launch(state, program, 1)
+    return next(p for p in decoder.programs if p.program == program)
+
+
+@pytest.mark.parametrize(
+    ("plan", "filters"),
+    [(OFF, Filters()), (StaticTree.chain(3), Filters()), (StaticTree.chain(2), Filters(sample=True, top_p=True))],
+    ids=["plain", "chain", "sampled chain"],
+)
+def test_caches_are_updated_in_place(decoder: Decoder, plan: StaticTree, filters: Filters) -> None:
+    memory = compiled(decoder, plan, filters).executable.memory_analysis()
+    layer = 2 * BATCH * CAPACITY * CONFIG.num_kv_heads * CONFIG.head_dim * 4  # bytes of one layer's keys and values
+    layers = CONFIG.num_layers + (1 if plan != OFF else 0)
+    assert memory.alias_size_in_bytes >= layers * layer
+    assert memory.temp_size_in_bytes < layer
+
+
+def test_prefill_updates_its_caches_in_place(decoder: Decoder) -> None:
+    compiled(decoder, StaticTree.chain(3), Filters())
+    program = next(p for p in decoder.programs if p.name == "prefill")
+    memory = program.executable.memory_analysis()
+    layer = 2 * BATCH * CAPACITY * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    assert memory.alias_size_in_bytes >= CONFIG.num_layers * layer
+    assert memory.temp_size_in_bytes < layer
+
+
+def test_nothing_leaves_the_device_inside_the_loop(decoder: Decoder) -> None:
+    hlo = compiled(decoder, StaticTree.chain(3), Filters(sample=True, top_p=True)).executable.as_text()
+    assert " while(" in hlo
+    for leak in ("infeed", "outfeed", "send(", "recv(", "callback", "host_transfer"):
+        assert leak not in hlo, leak
+    program = Program(plan=StaticTree.chain(3))
+    state = decoder.start(make_batch(30), program, capacity=CAPACITY, chunk=64)
+    decoder.launch(state, program, 1)
+    state = decoder.start(make_batch(30), program, capacity=CAPACITY, chunk=64)
+    with jax.transfer_guard_device_to_host("disallow"):
+        state = decoder.launch(state, program, 1000)
+    assert np.asarray(state.num_output_B).tolist() == [30, 30]
+
+
+def test_a_bucket_is_compiled_once() -> None:
+    llm = make_llm()
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    llm.generate([[1, 2, 3], [4, 5]], params, use_tqdm=False)
+    before = len(llm.compiled_programs)
+    assert [p.name for p in llm.compiled_programs] == ["prefill", "decode"]
+    with jax.log_compiles(False), _no_compilation():
+        llm.generate([[7, 8, 9, 10], [11]], SamplingParams(max_tokens=17, ignore_eos=True), use_tqdm=False)
+    assert len(llm.compiled_programs) == before
+
+
+def test_one_launch_per_rounds_per_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm(rounds_per_launch=10)
+    launches = []
+    launch = llm._decoder.launch
+    monkeypatch.setattr(llm._decoder, "launch", lambda *args: launches.append(args[2]) or launch(*args))
+    (out,) = llm.generate([1, 2, 3], SamplingParams(max_tokens=35, ignore_eos=True), speculative=False, use_tqdm=False)
+    assert out.metrics.num_rounds == 35
+    assert launches == [10] * 4
+
+
+class _no_compilation:
+    """Fails if XLA compiles a decode or prefill program inside the block."""
+
+    def __enter__(self) -> None:
+        self.names: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.5:
+            self.names.append(f"{event} {seconds:.1f} s")
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.clear_event_listeners()
+        assert not self.names, self.names
