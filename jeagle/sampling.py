@@ -144,7 +144,7 @@ def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.
 def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
     """Mask of the elements >= t, t the largest threshold under which the kept weight is at least ``enough``.
 
-    x, weight: [..., V]; enough: [..., 1]. Ties with t are kept, so the result does not depend on the order of tokens.
+    x, weight: [..., V]; enough: [..., 1]; all are kept when all weigh less. Ties with t are kept, so the result does not depend on the order of tokens.
     Bisection over the float's ordered bit pattern: 32 passes of compare-and-sum, no sort (a sort of 49,152 logits
     costs a CPU eight times as much), and exact.
     """
@@ -171,8 +171,7 @@ def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Arra
     x = logits_BTV / jnp.where(greedy, 1.0, temperature)
     if filters.top_k:
         ones = jnp.ones_like(x, dtype=jnp.int32)
-        # Clamped to the vocabulary: asking for more tokens than there are keeps them all.
-        keep = _keep_largest(x, ones, jnp.minimum(top_k, x.shape[-1])) | (top_k == 0)
+        keep = _keep_largest(x, ones, top_k) | (top_k == 0)
         x = jnp.where(keep, x, -jnp.inf)
     if filters.top_p:
         keep = _keep_largest(x, jax.nn.softmax(x, axis=-1), top_p) | (top_p >= 1)

@@ -1,0 +1,170 @@
+"""Requests on the host: refused before anything runs, or packed into few shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jeagle.requests import SHORT_CHUNK, SMALLEST_CAPACITY, Row, bucket, check_prompt, make_batch, make_rows, pack
+from jeagle.sampling import Filters, SamplingParams, seed_keys
+
+
+def rows_of(*lengths: int, max_tokens: int = 8, **fields) -> list[Row]:
+    params = SamplingParams(max_tokens=max_tokens, seed=0, **fields)
+    return make_rows([list(range(3, 3 + n)) for n in lengths], [params] * len(lengths), (2,))
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "prompt 3 is empty; give at least one token"),
+        ([1, "two"], {}, "prompt 3 must be a string or a list of token ids, got 'two'"),
+        ([1.0], {}, "prompt 3 must be a string or a list of token ids, got 1.0"),
+        ([True], {}, "prompt 3 must be a string or a list of token ids, got True"),
+        ([5, 100], {}, "prompt 3 holds token id 100, outside the vocabulary of 100"),
+        ([5, -1], {}, "prompt 3 holds token id -1, outside the vocabulary of 100"),
+        (
+            [5] * 57,
+            {},
+            "prompt 3 has 57 tokens and max_tokens is 8; together they exceed the limit of 64 positions: "
+            "shorten the prompt, lower max_tokens or raise max_model_len",
+        ),
+        ([5], dict(stop_token_ids=[7, 100]), "stop_token_ids holds 100, outside the vocabulary of 100"),
+    ],
+)
+def test_what_cannot_be_generated_from_is_refused(prompt, params, message):
+    with pytest.raises(ValueError) as caught:
+        check_prompt(prompt, SamplingParams(max_tokens=8, **params), index=3, vocab_size=100, limit=64)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("prompt", [[0], [99], [5] * 56, [np.int32(4), np.int64(5)]])
+def test_what_just_fits_is_accepted(prompt):
+    check_prompt(prompt, SamplingParams(max_tokens=8, stop_token_ids=[99]), index=0, vocab_size=100, limit=64)
+
+
+def test_a_row_per_prompt_and_sample():
+    params = [SamplingParams(n=2, seed=5), SamplingParams(n=1, seed=6, stop_token_ids=[9, 2, 4])]
+    rows = make_rows([[1, 2], [3]], params, eos_ids=(7, 2))
+    assert [(row.request, row.sample) for row in rows] == [(0, 0), (0, 1), (1, 0)]
+    assert [row.prompt.tolist() for row in rows] == [[1, 2], [1, 2], [3]]
+    assert all(row.prompt.dtype == np.int32 for row in rows)
+    assert [row.stop_ids for row in rows] == [(2, 7), (2, 7), (2, 4, 7, 9)]
+    assert rows[0].num_positions == 2 + 128 - 1
+
+
+def test_ignore_eos_keeps_the_ids_that_were_asked_for():
+    (row,) = make_rows([[1]], [SamplingParams(ignore_eos=True, stop_token_ids=[9])], eos_ids=(2,))
+    assert row.stop_ids == (9,)
+    (row,) = make_rows([[1]], [SamplingParams(ignore_eos=True)], eos_ids=(2,))
+    assert row.stop_ids == ()
+
+
+def test_one_seed_is_one_key_in_any_company():
+    mine = SamplingParams(seed=77, n=2)
+    alone = make_rows([[1, 2, 3]], [mine], (2,))
+    others = [SamplingParams(seed=77), SamplingParams(n=3), mine, SamplingParams(seed=1)]
+    together = make_rows([[4], [5, 6], [1, 2, 3], [7]], others, (2,))
+    got = [row.key for row in together if row.request == 2]
+    np.testing.assert_array_equal(got, [row.key for row in alone])
+    np.testing.assert_array_equal(got, seed_keys(77, 2))
+    np.testing.assert_array_equal(together[0].key, got[0])  # the seed alone counts, not the prompt
+    for batch in pack(together, 3):
+        arrays, *_ = make_batch(batch, 4)
+        for row, key in zip(batch, np.asarray(arrays.sampling.seed_B2), strict=False):
+            np.testing.assert_array_equal(row.key, key)
+
+
+def test_unseeded_samples_all_differ():
+    rows = make_rows([[1]] * 20, [SamplingParams(n=3)] * 20, (2,))
+    assert len({tuple(row.key) for row in rows}) == 60
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 8))
+def test_pack_loses_nobody_and_sorts_by_length(lengths, most):
+    rows = rows_of(*lengths)
+    batches = pack(rows, most)
+    assert all(1 <= len(batch) <= most for batch in batches)
+    assert len(batches) == -(-len(rows) // most)
+    flat = [row for batch in batches for row in batch]
+    assert [len(row.prompt) for row in flat] == sorted(lengths)
+    assert sorted(row.request for row in flat) == list(range(len(lengths)))
+
+
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=9),
+    st.integers(1, 300),
+    st.sampled_from([16, 64, 100, 128]),
+    st.integers(0, 1500),
+)
+def test_buckets_hold_their_rows_and_no_more_than_the_limit(lengths, max_tokens, page_size, spare):
+    rows = rows_of(*lengths, max_tokens=max_tokens)
+    limit = max(lengths) + max_tokens + spare  # what check_prompt lets through
+    got = bucket(rows, page_size=page_size, chunk=256, limit=limit)
+    needed = max(row.num_positions for row in rows)
+    assert got.batch >= len(rows) and is_power_of_two(got.batch) and got.batch < 2 * len(rows) + 1
+    assert got.capacity >= needed and got.capacity >= max_tokens and got.capacity % page_size == 0
+    assert got.capacity < limit + page_size
+    assert got.capacity < max(2 * needed, SMALLEST_CAPACITY) + page_size
+    assert got.chunk == (SHORT_CHUNK if max(lengths) - 1 <= SHORT_CHUNK else 256)
+
+
+def test_buckets_are_few():
+    """Every mix of up to 8 prompts of up to 1,000 tokens falls into 4 batch sizes, 3 capacities and 2 chunks."""
+    seen = {
+        bucket(rows_of(*[1] * (n - 1), length), page_size=64, chunk=256, limit=2048)
+        for n in range(1, 9)
+        for length in (1, 2, 64, 65, 66, 100, 250, 400, 505, 506, 700, 1000)
+    }
+    assert {b.batch for b in seen} == {1, 2, 4, 8}
+    assert {b.capacity for b in seen} == {256, 512, 1024}
+    assert {b.chunk for b in seen} == {SHORT_CHUNK, 256}
+
+
+def test_bucket_examples():
+    assert bucket(rows_of(249), page_size=64, chunk=256, limit=4096).capacity == 256  # 249 + 8 - 1 positions
+    assert bucket(rows_of(250), page_size=64, chunk=256, limit=4096).capacity == 512
+    assert bucket(rows_of(250), page_size=64, chunk=256, limit=300).capacity == 320
+    assert bucket(rows_of(5), page_size=64, chunk=32, limit=20).capacity == 64
+    assert bucket(rows_of(5), page_size=64, chunk=32, limit=20).chunk == 32
+    # The last token of a prompt is not prefilled, so one more than the chunk still fits.
+    chunks = [bucket(rows_of(n), page_size=64, chunk=256, limit=999).chunk for n in (SHORT_CHUNK + 1, SHORT_CHUNK + 2)]
+    assert chunks == [SHORT_CHUNK, 256]
+
+
+def test_batches_are_padded_with_finished_rows():
+    rows = make_rows(
+        [[5, 6], [7, 8, 9], [4]],
+        [
+            SamplingParams(max_tokens=3, temperature=0.5, top_k=4, seed=1),
+            SamplingParams(max_tokens=4, seed=2, ignore_eos=True),
+            SamplingParams(max_tokens=5, seed=3, stop_token_ids=[10, 11, 12, 13]),
+        ],
+        (2,),
+    )
+    batch, filters, num_logprobs = make_batch(rows, 4)
+    assert [p.tolist() for p in batch.prompts] == [[5, 6], [7, 8, 9], [4]]
+    assert batch.max_tokens_B.tolist() == [3, 4, 5, 0]
+    # Widths are powers of two from 4 on, so stop ids seldom make a new shape.
+    assert batch.stop_id_BI.shape == (4, 8) and batch.stop_id_BI.dtype == np.int32
+    assert [sorted(set(row) - {-1}) for row in batch.stop_id_BI.tolist()] == [[2], [], [2, 10, 11, 12, 13], []]
+    sampling = batch.sampling
+    assert sampling.seed_B2.shape == (4, 2) and sampling.seed_B2.dtype == np.uint32
+    np.testing.assert_array_equal(np.asarray(sampling.temperature_B), np.array([0.5, 0, 0, 0], np.float32))
+    assert sampling.top_k_B.tolist() == [4, 0, 0, 0] and sampling.top_p_B.tolist() == [1] * 4
+    assert filters == Filters(sample=True, top_k=True) and num_logprobs is None
+    assert make_batch(rows[:2], 2)[0].stop_id_BI.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "width"), [([None, None], None), ([0, None], 0), ([1, 0], 5), ([5], 5), ([6, 1], 20)]
+)
+def test_few_widths_of_logprobs(asked, width):
+    rows = make_rows([[1]] * len(asked), [SamplingParams(logprobs=n) for n in asked], (2,))
+    assert make_batch(rows, len(rows))[2] == width

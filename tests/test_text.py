@@ -1,0 +1,227 @@
+"""``Detokenizer``: whole characters only, and text that ends exactly before the first stop string."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import example, given
+
+from jeagle.text import Detokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+class ByteTokenizer:
+    """Ids below 256 are bytes; ``more`` are tokens of several bytes, with ids from 256 on; -1 is a special token."""
+
+    def __init__(self, *more: str | bytes):
+        self.more = [m.encode() if isinstance(m, str) else m for m in more]
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        pieces = []
+        for token in token_ids:
+            if token == -1:
+                pieces.append(b"" if skip_special_tokens else b"<end>")
+            else:
+                pieces.append(bytes([token]) if token < 256 else self.more[token - 256])
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+class WordTokenizer:
+    """As SentencePiece does it: every word brings its own space, which is left out at the start of a text."""
+
+    words = ("▁Hello", "▁big", "▁world", "s", "!", "▁")
+
+    def decode(self, token_ids: list[int], **kwargs) -> str:
+        return "".join(self.words[t] for t in token_ids).replace("▁", " ").removeprefix(" ")
+
+
+def stream(tokenizer, blocks, stop=()) -> tuple[list[str], Detokenizer]:
+    """Push the blocks and finish; returns the pieces and the detokenizer, after checking that they agree."""
+    detokenizer = Detokenizer(tokenizer, tuple(stop))
+    pieces = []
+    for block in blocks:
+        pieces.append(detokenizer.push(list(block)))
+        assert detokenizer.text == "".join(pieces)
+    pieces.append(detokenizer.finish())
+    assert detokenizer.text == "".join(pieces)
+    assert detokenizer.finish() == ""
+    return pieces, detokenizer
+
+
+def one_by_one(tokens) -> list[list[int]]:
+    return [[t] for t in tokens]
+
+
+def of_bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+# Characters
+
+
+def test_a_character_comes_out_whole():
+    pieces, _ = stream(ByteTokenizer(), one_by_one(of_bytes("aé😀b")))
+    assert pieces == ["a", "", "é", "", "", "", "😀", "b", ""]
+
+
+def test_half_a_character_at_the_end_is_dropped():
+    pieces, _ = stream(ByteTokenizer(), one_by_one(of_bytes("a😀")[:-1]))
+    assert pieces == ["a", "", "", "", ""]
+
+
+def test_bytes_that_are_no_character_do_not_block_what_follows():
+    pieces, _ = stream(ByteTokenizer(), [[0xFF], *one_by_one(of_bytes("ab")), [0xF0, 0x9F], *one_by_one(of_bytes("c"))])
+    assert "".join(pieces) == f"{REPLACEMENT}ab{REPLACEMENT}c"
+
+
+def test_a_token_may_end_one_character_and_begin_another():
+    emoji = "😀".encode()
+    tokenizer = ByteTokenizer(b"a" + emoji[:2], emoji[2:] + emoji[:1], emoji[1:] + b"z")
+    pieces, _ = stream(tokenizer, one_by_one([256, 257, 258]))
+    # The second token ends inside a character, so nothing of it is decided yet.
+    assert pieces == ["", "", "a😀😀z", ""]
+
+
+def test_spaces_before_words_survive_the_start_of_a_window():
+    tokens = [0, 1, 2, 3, 4, 0, 5, 2]
+    pieces, _ = stream(WordTokenizer(), one_by_one(tokens))
+    assert pieces[:4] == ["Hello", " big", " world", "s"]
+    assert "".join(pieces) == WordTokenizer().decode(tokens)
+
+
+def test_special_tokens_are_not_text():
+    pieces, detokenizer = stream(ByteTokenizer(), one_by_one([*of_bytes("ab"), -1, *of_bytes("c"), -1]))
+    assert "".join(pieces) == "abc"
+    assert detokenizer.token_ids == [97, 98, -1, 99, -1]
+
+
+def test_nothing_at_all():
+    pieces, detokenizer = stream(ByteTokenizer(), [[], []], stop=["x"])
+    assert pieces == ["", "", ""] and detokenizer.text == "" and detokenizer.stop_reason is None
+
+
+# Stop strings
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_stop_string_across_tokens_and_inside_a_block(size):
+    tokens = of_bytes("one two STOP three")
+    blocks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    pieces, detokenizer = stream(ByteTokenizer(), blocks, stop=["STOP"])
+    assert "".join(pieces) == "one two "
+    assert detokenizer.stop_reason == "STOP"
+    # The ids end with the token that completed the match.
+    assert detokenizer.token_ids == of_bytes("one two STOP")
+
+
+def test_stop_string_in_the_middle_of_a_token():
+    pieces, detokenizer = stream(ByteTokenizer("abENDcd"), [[120, 256, 121]], stop=["END"])
+    assert "".join(pieces) == "xab" and detokenizer.token_ids == [120, 256]
+
+
+def test_stop_at_the_first_character():
+    pieces, detokenizer = stream(ByteTokenizer(), one_by_one(of_bytes("\nrest")), stop=["\n"])
+    assert set(pieces) == {""} and detokenizer.stop_reason == "\n" and detokenizer.token_ids == [10]
+
+
+def test_stop_at_the_last_character():
+    pieces, detokenizer = stream(ByteTokenizer(), one_by_one(of_bytes("ab.")), stop=["."])
+    assert "".join(pieces) == "ab" and detokenizer.stop_reason == "."
+
+
+def test_nothing_comes_after_a_stop():
+    detokenizer = Detokenizer(ByteTokenizer(), (".",))
+    assert detokenizer.push(of_bytes("ab.cd")) == "ab"
+    assert detokenizer.push(of_bytes("ef")) == "" and detokenizer.finish() == ""
+    assert detokenizer.text == "ab" and detokenizer.token_ids == of_bytes("ab.")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        (["wor", "lo w"], "hel", "lo w"),  # completed by different letters, the earlier one wins although it came first
+        (["lo world", "o w"], "hell", "o w"),  # the longer one would begin earlier, but is not complete yet
+        (["world", "wo"], "hello ", "wo"),
+        (["d", "l"], "he", "l"),
+        (["xyz"], "hello world", None),
+    ],
+)
+def test_overlapping_stop_strings_letter_by_letter(stop, text, reason):
+    pieces, detokenizer = stream(ByteTokenizer(), one_by_one(of_bytes("hello world")), stop=stop)
+    assert ("".join(pieces), detokenizer.stop_reason) == (text, reason)
+
+
+def test_of_several_stop_strings_in_one_token_the_earliest_wins():
+    tokenizer = ByteTokenizer("hello world")
+    for stop in (["world", "lo"], ["lo", "world"], ["o w", "lo world"]):
+        pieces, detokenizer = stream(tokenizer, [[256]], stop=stop)
+        assert "".join(pieces) == "hel"
+        assert detokenizer.stop_reason in ("lo", "lo world")
+
+
+def test_a_beginning_of_a_stop_string_is_held_and_then_released():
+    pieces, _ = stream(ByteTokenizer(), one_by_one(of_bytes("a<end<endx")), stop=["<end>"])
+    assert pieces == ["a", "", "", "", "", "<end", "", "", "", "<endx", ""]
+
+
+def test_what_was_held_is_released_at_the_end():
+    pieces, detokenizer = stream(ByteTokenizer(), one_by_one(of_bytes("ab<en")), stop=["<end>"])
+    assert pieces == ["a", "b", "", "", "", "<en"] and detokenizer.stop_reason is None
+
+
+def test_a_stop_string_that_repeats_itself():
+    """After "aab" fails at the third "a", the last two letters are a new beginning."""
+    pieces, detokenizer = stream(ByteTokenizer(), one_by_one(of_bytes("xaaab")), stop=["aab"])
+    assert pieces[:4] == ["x", "", "", "a"] and "".join(pieces) == "xa" and detokenizer.stop_reason == "aab"
+
+
+def test_stop_string_of_multi_byte_characters():
+    pieces, _ = stream(ByteTokenizer(), one_by_one(of_bytes("né😀🎉😀!")), stop=["😀!"])
+    assert "".join(pieces) == "né😀🎉"
+
+
+# Any text in any blocks
+
+MORE = ("ab", "b", "aba", "é", "é".encode()[:1], "é".encode()[1:], "😀".encode()[:2], "😀".encode()[2:], " ab")
+TOKENIZER = ByteTokenizer(*MORE)
+TOKENS = st.lists(st.integers(256, 255 + len(MORE)), max_size=12)
+STOPS = st.lists(st.sampled_from(["a", "ab", "aba", "ba", "bb", "é", "éa", "😀", " "]), max_size=3, unique=True)
+
+
+def expected(tokens: list[int], stop: list[str]) -> tuple[str, int]:
+    """The text, and how many ids make it: the first id whose decided text holds a stop string ends everything."""
+    text = ""
+    for count in range(1, len(tokens) + 1):
+        whole = TOKENIZER.decode(tokens[:count])
+        if whole.endswith(REPLACEMENT):
+            continue
+        text = whole
+        found = [text.find(s) for s in stop if s in text]
+        if found:
+            return text[: min(found)], count
+    return text, len(tokens)
+
+
+@given(TOKENS, STOPS, st.data())
+@example([256, 256], ["ba"], None)
+def test_any_split_gives_the_same_text(tokens, stop, data):
+    cuts = data.draw(st.lists(st.integers(0, len(tokens)), max_size=5)) if data else [1]
+    edges = [0, *sorted(cuts), len(tokens)]
+    blocks = [tokens[a:b] for a, b in pairwise(edges)]
+    text, count = expected(tokens, stop)
+    for split in (blocks, one_by_one(tokens), [tokens]):
+        pieces, detokenizer = stream(TOKENIZER, split, stop)
+        assert "".join(pieces) == text
+        assert detokenizer.token_ids == tokens[:count]
+        # Nothing that was released had to be taken back, and no stop string got out.
+        assert not any(s in text for s in stop) and (detokenizer.stop_reason in stop or detokenizer.stop_reason is None)
+
+
+@given(st.text(max_size=20).filter(lambda text: REPLACEMENT not in text))
+def test_any_text_comes_back_byte_by_byte(text):
+    for blocks in (one_by_one(of_bytes(text)), [of_bytes(text)]):
+        pieces, _ = stream(ByteTokenizer(), blocks)
+        assert "".join(pieces) == text
