@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(args: argparse.Namespace) -> LLM:
+    if args.model == str(DEMO_MODEL) and not DEMO_MODEL.exists():
+        raise ValueError(
+            f"{DEMO_MODEL}, the default model, is not here; `jeagle demo` fetches it, --model names another"
+        )
     from jeagle.llm import LLM
 
     return LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_model_len=args.max_model_len)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from jeagle.checkpoint import is_checkpoint
+from jeagle.checkpoint import CheckpointError, is_checkpoint
 
 __all__ = ["locate"]
 
@@ -32,7 +32,7 @@ def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = 
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:
             convert(path if path.exists() else source, destination, kind=kind, target=target)
-        except ConversionError:
+        except (ConversionError, CheckpointError):
             if not is_checkpoint(destination):  # else another process has just finished the same conversion
                 raise
     return destination

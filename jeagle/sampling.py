@@ -144,9 +144,9 @@ def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.
 def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
     """Mask of the elements >= t, t the largest threshold under which the kept weight is at least ``enough``.
 
-    x, weight: [..., V]; enough: [..., 1]; all are kept when all weigh less. Ties with t are kept, so the result does not depend on the order of tokens.
-    Bisection over the float's ordered bit pattern: 32 passes of compare-and-sum, no sort (a sort of 49,152 logits
-    costs a CPU eight times as much), and exact.
+    x, weight: [..., V]; enough: [..., 1]; all are kept when all weigh less. Ties with t are kept, so the result does
+    not depend on the order of tokens. Bisection over the float's ordered bit pattern: 32 passes of compare-and-sum, no
+    sort (a sort of 49,152 logits costs a CPU eight times as much), and exact.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 equals 0.0
     ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
@@ -188,5 +188,6 @@ def choose(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, fil
     x = warp(logits_BTV, rows, filters)
     if filters.sample:
         noise = gumbel(rows.seed_B2, position_BT, jnp.arange(x.shape[-1]))
-        x = x + jnp.where(rows.temperature_B[:, None, None] == 0, 0.0, noise)
+        # The barrier keeps XLA:CPU from fusing the noise into the argmax, where it is computed four times as slowly.
+        x = jax.lax.optimization_barrier(x + jnp.where(rows.temperature_B[:, None, None] == 0, 0.0, noise))
     return jnp.argmax(x, axis=-1).astype(jnp.int32)

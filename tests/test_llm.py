@@ -1,0 +1,442 @@
+"""``LLM`` as its users meet it: prompts of every form, parameters, texts, streams, metrics, errors, and what is cached.
+
+Two pairs of target and head: the *reciter* of ``reciter.py``, whose answers are known in advance and whose head is
+always right, and a *random* pair with attention, whose head is almost never right.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_tokenizer
+from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair, save
+from tiny_tokenizer import BOS, EOS, VOCAB_SIZE, byte_ids
+
+from jeagle import LLM, EagleConfig, LlamaConfig, RequestOutput, SamplingParams
+from jeagle.cache import KVCache, Prefix
+from jeagle.checkpoint import load_llama
+from jeagle.locate import locate
+
+QUIET = dict(use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints: reciter, reciter-head, random, random-head, and one without a tokenizer, ids."""
+    directory = tmp_path_factory.mktemp("llm")
+    target, head = reciting_pair()
+    plain = helpers.tiny_llama(vocab_size=VOCAB_SIZE, max_position=MAX_LEN, eos_token_ids=(EOS,))
+    wrong = make_head(EagleConfig.for_target(plain.config, "eagle3"))
+    tokenizer = tiny_tokenizer.tokenizer_files()
+    return {
+        "reciter": save(target, directory / "reciter", tokenizer),
+        "reciter-head": save(head, directory / "reciter-head"),
+        "random": save(plain, directory / "random", tokenizer),
+        "random-head": save(wrong, directory / "random-head"),
+        "ids": save(plain, directory / "ids"),
+    }
+
+
+@pytest.fixture(scope="module")
+def reciter(pairs) -> LLM:
+    return LLM(pairs["reciter"], pairs["reciter-head"], tree="chain-2", max_batch_size=4, prefill_chunk=64)
+
+
+@pytest.fixture(scope="module")
+def random_llm(pairs) -> LLM:
+    return LLM(pairs["random"], pairs["random-head"], tree="chain-2", max_batch_size=4, prefill_chunk=64)
+
+
+def answers(outputs: list[RequestOutput]) -> list[list[tuple]]:
+    """All that must not depend on speculation or on company."""
+    return [[(c.text, c.token_ids, c.finish_reason, c.stop_reason) for c in output.outputs] for output in outputs]
+
+
+# prompts
+
+
+def test_every_form_of_prompt(reciter):
+    ids = [BOS, *byte_ids("ab")]
+    params = SamplingParams(max_tokens=5)
+    forms = ["ab", ["ab"], ids, [ids], tuple(ids), np.array(ids), [np.array(ids)], np.array([ids]), jnp.array(ids)]
+    for i, form in enumerate(forms):
+        (output,) = reciter.generate(form, params, **QUIET)
+        assert output.prompt_token_ids == ids
+        assert output.prompt == ("ab" if i < 2 else None)
+        assert output.outputs[0].token_ids == byte_ids("cdé🙂")[:5]
+    assert reciter.generate([], params, **QUIET) == []
+    assert reciter.chat([], params, **QUIET) == []
+
+
+SAMPLED = dict(temperature=1.5, top_p=0.95)
+
+
+def test_order_and_company(random_llm):
+    """More prompts than rows, ragged, each with its own parameters: what each gets without drafts, and alone."""
+    rng = np.random.default_rng(0)
+    lengths = [3, 1, 70, 2, 9, 200, 64]
+    prompts = [rng.integers(8, VOCAB_SIZE, length).tolist() for length in lengths]
+    params = [
+        SamplingParams(
+            max_tokens=3 + 5 * i,
+            ignore_eos=True,
+            logprobs=20 if i in (0, 2) else None,  # in both batches: one compiled program serves all of this file
+            **(SAMPLED | {"seed": i} if i % 2 else {}),
+        )
+        for i in range(len(prompts))
+    ]
+    together = random_llm.generate(prompts, params, **QUIET)
+    assert [o.prompt_token_ids for o in together] == prompts
+    assert [len(o.outputs[0].token_ids) for o in together] == [p.max_tokens for p in params]
+    assert answers(random_llm.generate(prompts, params, speculative=False, **QUIET)) == answers(together)
+    for i in (4, 5):
+        assert answers(random_llm.generate(prompts[i], params[i], speculative=False, **QUIET)) == [answers(together)[i]]
+    for output, p in zip(together, params):
+        check_metrics(output, p.max_tokens, tree="3 nodes, depth 2")
+
+
+def test_samples_and_seeds(random_llm):
+    def sample(seed, n=1, **kwargs):
+        params = SamplingParams(max_tokens=8, seed=seed, n=n, logprobs=20 if n > 1 else None, **SAMPLED)
+        return [c.token_ids for c in random_llm.generate([[5, 6]], params, **QUIET, **kwargs)[0].outputs]
+
+    three = sample(7, n=3)
+    assert len({tuple(ids) for ids in three}) == 3
+    assert sample(7, speculative=False) == three[:1]  # the first sample is that of n=1
+    assert sample(8, speculative=False) != three[:1]
+    assert sample(None, speculative=False) != sample(None, speculative=False)
+
+
+# where texts end
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+def test_where_texts_end(reciter, speculative):
+    def ids(text):
+        return byte_ids(text)
+
+    cases = [  # prompt, parameters, text, token ids, finish reason, stop reason
+        ("r", dict(), "s\n", [*ids("s\n"), EOS], "stop", None),
+        ("r", dict(max_tokens=3), "s\n", [*ids("s\n"), EOS], "stop", None),  # stop wins over length
+        ("r", dict(max_tokens=2), "s\n", ids("s\n"), "length", None),
+        ("r", dict(max_tokens=1), "s", ids("s"), "length", None),
+        ("r", dict(max_tokens=7, ignore_eos=True), "s\nabcd", [*ids("s\n"), EOS, *ids("abcd")], "length", None),
+        ("r", dict(stop_token_ids=[EOS]), "s\n", [*ids("s\n"), EOS], "stop", EOS),
+        ("g", dict(stop_token_ids=ids("kl")), "hijk", ids("hijk"), "stop", ids("k")[0]),
+        ("g", dict(stop_token_ids=ids("l"), stop="ij"), "h", ids("hij"), "stop", "ij"),  # the earlier of the two
+        ("c", dict(stop="STOP"), "dé🙂fghijklm.", ids("dé🙂fghijklm.STOP"), "stop", "STOP"),
+        ("c", dict(stop=["hi", "é🙂"]), "d", ids("dé🙂"), "stop", "é🙂"),
+        ("c", dict(stop="🙂f", max_tokens=8), "dé", ids("dé🙂f"), "stop", "🙂f"),  # at the very limit
+        ("c", dict(stop="🙂f", max_tokens=7), "dé🙂", ids("dé🙂"), "length", None),
+        ("c", dict(stop="🙂f", max_tokens=5), "dé", ids("dé🙂")[:5], "length", None),  # half a character is dropped
+        ("r", dict(stop="\nX"), "s\n", [*ids("s\n"), EOS], "stop", None),  # held back, then released
+        ("r", dict(stop="</s>"), "s\n", [*ids("s\n"), EOS], "stop", None),  # special tokens are no text
+    ]
+    # Stop strings at every place of a round's block.
+    cases += [
+        ("a", dict(stop=TEXT[i : i + 2]), TEXT[1:i], ids(TEXT[1 : i + 2]), "stop", TEXT[i : i + 2])
+        for i in range(2, 12)
+    ]
+    outputs = reciter.generate(
+        [byte_ids(prompt) for prompt, *_ in cases],
+        [SamplingParams(**params) for _, params, *_ in cases],
+        speculative=speculative,
+        **QUIET,
+    )
+    for (_, _, *expected), (answer,) in zip(cases, answers(outputs), strict=True):
+        assert list(answer) == expected
+
+
+def test_a_full_context(reciter):
+    prompt = [*byte_ids("b" * 199), *byte_ids("a")]
+    fits = SamplingParams(max_tokens=MAX_LEN - len(prompt), ignore_eos=True)
+    outputs = [reciter.generate(prompt, fits, speculative=s, **QUIET) for s in (True, False)]
+    assert answers(outputs[0]) == answers(outputs[1])
+    assert outputs[0][0].outputs[0].token_ids == (RECITED[1:] + RECITED)[: fits.max_tokens]
+    over = SamplingParams(max_tokens=fits.max_tokens + 1)
+    with pytest.raises(ValueError, match=r"prompt 1 has 200 tokens and max_tokens is 57.*limit of 256"):
+        reciter.generate([[5], prompt], [fits, over], **QUIET)
+
+
+# log-probabilities and metrics
+
+
+def target_logprobs(llm_dir: Path, ids: list[int]) -> np.ndarray:
+    """log-softmax [len, V] of one forward of the whole text."""
+    model = load_llama(llm_dir)
+    T = len(ids)
+    cache = KVCache.create(model.config, num_pages=1, page_size=1, dtype=jnp.float32)
+    prefix = Prefix.full(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))
+    hidden = model(jnp.array([ids]), jnp.arange(T)[None], jnp.tril(jnp.ones((1, T, T), bool)), cache, prefix).hidden_BTD
+    return np.asarray(jax.nn.log_softmax(model.logits(hidden), axis=-1)[0])
+
+
+def test_logprobs(random_llm, pairs):
+    prompts = [[5, 6], [9, 9], [10, 11], [12, 13]]
+    params = [
+        SamplingParams(max_tokens=6, logprobs=20),
+        SamplingParams(max_tokens=6, logprobs=2, seed=3, **SAMPLED),
+        SamplingParams(max_tokens=6, logprobs=0),
+        SamplingParams(max_tokens=6),
+    ]
+    speculative, plain = (random_llm.generate(prompts, params, speculative=s, **QUIET) for s in (True, False))
+    assert answers(speculative) == answers(plain)
+    assert speculative[3].outputs[0].logprobs is None
+    for prompt, p, *both in zip(prompts[:3], params, speculative, plain):
+        (first,), (second,) = (output.outputs for output in both)
+        expected_TV = target_logprobs(pairs["random"], [*prompt, *first.token_ids])[len(prompt) - 1 :]
+        assert len(first.logprobs) == len(first.token_ids)
+        for token, got, other, expected_V in zip(first.token_ids, first.logprobs, second.logprobs, expected_TV):
+            order = np.argsort(-expected_V)
+            ranks = {int(t): r for r, t in enumerate(order[: p.logprobs], 1)}
+            # The chosen token comes first, the best n follow in order; a rank is that among the best n.
+            assert list(got) == list(other) == list(dict.fromkeys([token, *ranks]))
+            assert {t: entry.rank for t, entry in got.items()} == {token: None} | ranks
+            for t, entry in got.items():
+                assert entry.logprob == pytest.approx(expected_V[t], abs=1e-4)
+                assert entry.logprob == pytest.approx(other[t].logprob, abs=1e-4)
+
+
+def check_metrics(output: RequestOutput, num_tokens: int, tree: str) -> None:
+    metrics = output.metrics
+    histogram, rates = metrics.acceptance_histogram, metrics.acceptance_per_position
+    assert metrics.tree == tree
+    assert sum(histogram) == metrics.num_rounds
+    assert sum(n * (i + 1) for i, n in enumerate(histogram)) == metrics.num_emitted == num_tokens
+    assert metrics.tokens_per_call == metrics.num_emitted / metrics.num_rounds
+    assert len(rates) == len(histogram) - 1
+    assert 1 >= rates[0] >= rates[-1] >= 0
+    assert metrics.prefill_seconds > 0 and metrics.decode_seconds > 0
+
+
+def test_metrics(reciter):
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    (output,) = reciter.generate([9, 20], params, **QUIET)
+    check_metrics(output, 24, tree="3 nodes, depth 2")
+    assert output.metrics.acceptance_histogram == [0, 0, 8]  # the head is always right
+    (output,) = reciter.generate([9, 20], params, speculative=False, **QUIET)
+    metrics = output.metrics
+    assert (metrics.tree, metrics.tokens_per_call, metrics.num_rounds) == ("off", 1.0, 24)
+    assert metrics.acceptance_histogram == [24] and metrics.acceptance_per_position == []
+
+
+# text
+
+
+@pytest.mark.parametrize("stop", [(), "STOP", "STOP!", "é🙂", "\nX"])
+def test_stream_is_generate_in_pieces(reciter, stop):
+    params = SamplingParams(max_tokens=60, stop=stop)
+    pieces = list(reciter.stream("a", params))
+    (output,) = reciter.generate("a", params, **QUIET)
+    assert (
+        "".join(pieces)
+        == output.outputs[0].text
+        == TEXT[1:].split("STOP" if stop == "STOP" else stop or None)[0] + ("\n" if not stop else "")
+    )
+    assert all(pieces) and not any("\ufffd" in piece for piece in pieces)
+    assert stop in ("é🙂",) or len(pieces) > 2
+
+
+def test_chat(reciter):
+    messages = [{"role": "system", "content": "recite"}, {"role": "user", "content": "now"}]
+    params = SamplingParams(max_tokens=40)
+    ids = reciter.apply_chat_template(messages)
+    assert ids == [BOS, 3, *byte_ids("recite"), 6, 4, *byte_ids("now"), 6, 5]
+    (one,) = reciter.chat(messages, params, **QUIET)
+    assert one.prompt_token_ids == ids and one.outputs[0].text == TEXT
+    several = reciter.chat([messages, messages[1:], messages[:1]], params, **QUIET)
+    assert [o.prompt_token_ids for o in several] == [
+        reciter.apply_chat_template(m) for m in (messages, messages[1:], messages[:1])
+    ]
+    assert "".join(reciter.stream(messages, params)) == TEXT
+
+
+def test_a_checkpoint_without_tokenizer(pairs, random_llm):
+    llm = LLM(pairs["ids"])
+    params = SamplingParams(max_tokens=6)
+    (bare,), (full,) = (x.generate([5], params, speculative=False, **QUIET) for x in (llm, random_llm))
+    assert bare.outputs[0].token_ids == full.outputs[0].token_ids
+    assert bare.outputs[0].text == "" != full.outputs[0].text
+    messages = [{"role": "user", "content": "hi"}]
+    for call in (
+        lambda: llm.generate("text"),
+        lambda: llm.generate([5], SamplingParams(stop="x")),
+        lambda: llm.stream([5]),
+        lambda: llm.chat(messages),
+    ):
+        with pytest.raises(ValueError, match="ids has no tokenizer: give prompts as lists of token ids"):
+            call()
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (5, "prompts must be a string, a list of token ids, or a list of these, got 5"),
+        (None, "got None"),
+        ({"prompt": "a"}, "got {'prompt': 'a'}"),
+        (b"abc", "got b'abc'"),
+        ([[]], "prompt 0 is empty"),
+        ([[5], []], "prompt 1 is empty"),
+        ([[5], None], "prompt 1 must be a string or a list of token ids, got None"),
+        ([5, "a"], "prompt 0 must be a string or a list of token ids, got 'a'"),
+        ([[5], [True]], "prompt 1 must be a string or a list of token ids, got True"),
+        ([[1.5]], "prompt 0 must be a string or a list of token ids, got 1.5"),
+        ([5, VOCAB_SIZE], f"prompt 0 holds token id {VOCAB_SIZE}, outside the vocabulary of {VOCAB_SIZE}"),
+        ([[5], [-1]], "prompt 1 holds token id -1"),
+        (["a", "b" * 300], "prompt 1 has 301 tokens"),
+        ("\ud800", "not valid Unicode: surrogates not allowed at character 0"),
+    ],
+)
+def test_refused_prompts(reciter, prompts, message):
+    before = len(reciter.compiled_programs)
+    with pytest.raises(ValueError) as refused:
+        reciter.generate(prompts, **QUIET)
+    assert message in str(refused.value)
+    assert len(reciter.compiled_programs) == before
+
+
+def test_refused_parameters_and_conversations(reciter):
+    with pytest.raises(ValueError, match="1 prompts came with 2 SamplingParams"):
+        reciter.generate("a", [SamplingParams()] * 2)
+    for wrong in ({"max_tokens": 3}, [{}], SamplingParams):
+        with pytest.raises(ValueError, match="sampling_params must be a SamplingParams, or a list of one per prompt"):
+            reciter.generate("a", wrong)
+    with pytest.raises(ValueError, match=f"stop_token_ids holds {VOCAB_SIZE}, outside the vocabulary"):
+        reciter.generate("a", SamplingParams(stop_token_ids=[VOCAB_SIZE]))
+    with pytest.raises(ValueError, match="n must be 1, got 2"):
+        reciter.stream("a", SamplingParams(n=2))
+    for wrong in ("hi", ["hi"], {"role": "user", "content": "hi"}, [[]]):
+        with pytest.raises(ValueError, match="a conversation is a list of"):
+            reciter.chat(wrong)
+    for wrong in ({"rol": "user"}, {"role": "user", "content": None}):
+        with pytest.raises(ValueError, match="the chat template cannot render"):
+            reciter.chat([wrong])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(dtype="fp16"), "dtype must be one of auto, float32, bfloat16, got 'fp16'"),
+        (dict(tree="oak"), "tree 'oak' is unknown"),
+        (dict(tree=[[0, 0]]), "has no parent: add the path"),
+        (dict(tree="dynamic-0-1-2"), "a dynamic tree needs depth >= 1"),
+        (dict(max_model_len=MAX_LEN + 1), "max_model_len must lie in 1..256"),
+        (dict(max_model_len="long"), "max_model_len must be a whole number of at least 1, got 'long'"),
+        (dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1, got 0"),
+        (dict(attention="magic"), "attention implementation 'magic' is unknown"),
+        (dict(model="nowhere/at/all"), "nowhere/at/all does not exist"),
+        (dict(model=__file__), "is a file"),
+    ],
+)
+def test_refused_construction(pairs, changed, message):
+    with pytest.raises(ValueError) as refused:
+        LLM(**{"model": pairs["random"], "draft": pairs["random-head"], **changed})
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_model_and_draft_must_fit(pairs):
+    with pytest.raises(ValueError, match="made for a target of width 64; this one has 32"):
+        LLM(pairs["random"], pairs["reciter-head"])
+    with pytest.raises(ValueError, match="holds a target model, not an EAGLE head"):
+        LLM(pairs["random"], pairs["random"])
+    with pytest.raises(ValueError, match="holds an EAGLE head, not a target model"):
+        LLM(pairs["random-head"])
+    other = make_head(EagleConfig.for_target(LlamaConfig.tiny(), "eagle3"))
+    with pytest.raises(ValueError, match=f"vocabulary is 97; the target's is {VOCAB_SIZE}"):
+        LLM(pairs["random"], other)
+
+
+def test_damaged_tokenizer(pairs, tmp_path):
+    """Said in one sentence before anything runs, for ids too: their text could not be given back."""
+    directory = shutil.copytree(pairs["random"], tmp_path / "damaged")
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer in .*damaged") as refused:
+        LLM(directory).generate([5], **QUIET)
+    assert "\n" not in str(refused.value)
+
+
+# what is kept
+
+
+def test_a_foreign_checkpoint_is_converted_once(golden, tmp_path, monkeypatch):
+    source = shutil.copytree(golden / "llama2", tmp_path / "llama2")
+    cache = tmp_path / "cache"
+    first = LLM(source, cache_dir=cache)
+    (made,) = (cache / "converted").iterdir()
+    stamp = (made / "config.json").stat().st_mtime_ns
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert LLM("~/llama2", cache_dir=cache).config == first.config
+    assert [*(cache / "converted").iterdir()] == [made] and (made / "config.json").stat().st_mtime_ns == stamp
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert LLM(source, cache_dir=cache).config.eos_token_ids == (2, 7)
+    assert len([*(cache / "converted").iterdir()]) == 2
+    # From nothing: the name is expanded for the converter, too.
+    shutil.rmtree(cache)
+    assert LLM("~/llama2", cache_dir=cache).config.eos_token_ids == (2, 7)
+
+
+def test_two_conversions_at_once(golden, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        made = [*pool.map(lambda _: locate(golden / "sharded", tmp_path, kind="llama"), range(4))]
+    assert set(made) == {*(tmp_path / "converted").iterdir()} and len(set(made)) == 1
+
+
+def test_a_bucket_is_compiled_once(reciter, capfd):
+    params = SamplingParams(max_tokens=5)
+    reciter.generate("ab", params, **QUIET)
+    before = reciter.compiled_programs
+    reciter.generate("abcdef", SamplingParams(max_tokens=9, stop="xyz", stop_token_ids=[9]), **QUIET)
+    list(reciter.stream("abc", params))
+    assert reciter.compiled_programs == before
+    decode = next(p for p in before if p.name == "decode" and p.batch == 1 and p.program.drafts)
+    assert (decode.capacity, decode.positions) == (256, 3) and decode.seconds > 0
+    assert any(Path(jax.config.jax_compilation_cache_dir).iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bfloat16(pairs):
+    llm = LLM(pairs["reciter"], dtype="bfloat16")
+    assert llm.dtype == jnp.bfloat16
+    assert llm.generate("a", SamplingParams(max_tokens=40), **QUIET)[0].outputs[0].text == TEXT[1:]
+
+
+# interrupts and threads
+
+
+def test_reuse_after_an_interrupt(reciter, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reciter._decoder, "launch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reciter.generate("a", **QUIET)
+    stream = reciter.stream("a")
+    next(stream)
+    stream.close()
+    assert reciter.generate("a", **QUIET)[0].outputs[0].text == TEXT[1:]
+
+
+def test_threads_share_an_llm(reciter):
+    texts: dict[str, list[str]] = {}
+
+    def serve(prompt: str) -> None:
+        texts[prompt] = [reciter.generate(prompt, **QUIET)[0].outputs[0].text for _ in range(5)]
+
+    threads = [threading.Thread(target=serve, args=(letter,)) for letter in "abfgh"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == {letter: [TEXT.split(letter)[1]] * 5 for letter in "abfgh"}
