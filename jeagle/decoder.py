@@ -7,6 +7,7 @@ ahead of time and kept by shape, so that every compilation is seen, counted and 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +70,7 @@ class Decoder:
         self._prefill = jit(_on_modules(prefill_chunk, definitions), static_argnames=("attention",))
         self._decode = jit(_on_modules(launch, definitions), static_argnames=("program",))
         self._compiled: dict[tuple, CompiledProgram] = {}
+        self._lock = threading.Lock()
 
     @property
     def programs(self) -> list[CompiledProgram]:
@@ -151,16 +153,17 @@ class Decoder:
         """The executable of this bucket. Compiling ahead of time, once per key, is what makes buckets countable."""
         leaves, structure = jax.tree.flatten(args)
         key = (name, *static.values(), structure, tuple(x.shape for x in leaves))
-        if key not in self._compiled:
-            began = time.perf_counter()
-            executable = jitted.lower(self.params, *args, **static).compile()
-            batch, num_pages = args[0].page_table_BM.shape
-            program = static.get("program")
-            positions = args[1].shape[1] - 1 if program is None else program.plan.num_nodes
-            seconds = time.perf_counter() - began
-            self._compiled[key] = CompiledProgram(
-                name, batch, num_pages * self.page_size, positions, program, seconds, executable
-            )
+        with self._lock:  # two threads that meet in a new bucket wait for one compilation
+            if key not in self._compiled:
+                began = time.perf_counter()
+                executable = jitted.lower(self.params, *args, **static).compile()
+                batch, num_pages = args[0].page_table_BM.shape
+                program = static.get("program")
+                positions = args[1].shape[1] - 1 if program is None else program.plan.num_nodes
+                seconds = time.perf_counter() - began
+                self._compiled[key] = CompiledProgram(
+                    name, batch, num_pages * self.page_size, positions, program, seconds, executable
+                )
         return self._compiled[key].executable
 
 

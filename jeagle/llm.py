@@ -7,12 +7,11 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,21 +19,21 @@ from tqdm import tqdm
 
 from jeagle import attention as attention_registry
 from jeagle.checkpoint import DTYPES, load_eagle, load_llama
-from jeagle.decode import FINISH_REASONS, DecodeState, Program
+from jeagle.decode import DecodeState, Program
 from jeagle.decoder import CompiledProgram, Decoder
 from jeagle.eagle import EagleHead
+from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import locate
-from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jeagle.outputs import RequestOutput
 from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
+from jeagle.results import Finished, collect, request_output, stop_at_strings
 from jeagle.sampling import SamplingParams
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, TreePlan, parse_tree
 
 __all__ = ["LLM"]
 
-Prompt = str | Sequence[int]
-Message = dict[str, str]
 
 # While stop strings are wanted the host looks this often; the rounds after a match are wasted.
 ROUNDS_BETWEEN_STOP_CHECKS = 8
@@ -111,7 +110,7 @@ class LLM:
         self._attention = attention
         self._decoder = Decoder(model, draft, page_size=page_size)
         self.dtype = self._decoder.dtype
-        self._tokenizer = None
+        self._tokenizer: Any = None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -123,7 +122,7 @@ class LLM:
     def tokenizer(self):
         """The checkpoint's transformers tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            if not self.has_tokenizer:
+            if not self.has_tokenizer or self._tokenizer_dir is None:
                 where = self._tokenizer_dir or "a model given as a module"
                 raise ValueError(
                     f"{where} has no tokenizer: give prompts as lists of token ids, or add tokenizer files"
@@ -148,21 +147,24 @@ class LLM:
 
         ``speculative=False`` runs the plain program; the tokens are the same (in float32: see the README's guarantee).
         """
-        listed = _as_list(prompts)
-        params = _one_each(sampling_params, len(listed))
-        if self.has_tokenizer or any(p.stop for p in params):
-            _ = (
-                self.tokenizer
-            )  # one that is damaged, or missing where stop strings need it, is said before anything runs
+        listed = as_list(prompts)
+        params = one_each(sampling_params, len(listed))
+        # A tokenizer that is damaged, or missing where stop strings need it, is said before anything runs.
+        tokenizer = self.tokenizer if self.has_tokenizer or any(p.stop for p in params) else None
         ids = [self._encode(prompt, p, index) for index, (prompt, p) in enumerate(zip(listed, params, strict=True))]
         rows = make_rows(ids, params, self.config.eos_token_ids)
-        done: dict[tuple[int, int], _Finished] = {}
+        done: dict[tuple[int, int], Finished] = {}
         with tqdm(total=len(rows), desc="generate", unit="row", disable=None if use_tqdm else True) as bar:
             for group in pack(rows, self._max_batch_size):
                 for finished in self._serve(group, speculative, bar):
                     done[finished.row.request, finished.row.sample] = finished
         return [
-            self._output(prompt, prompt_ids, [done[i, sample] for sample in range(p.n)])
+            request_output(
+                prompt if isinstance(prompt, str) else None,
+                prompt_ids,
+                [done[i, sample] for sample in range(p.n)],
+                tokenizer,
+            )
             for i, (prompt, prompt_ids, p) in enumerate(zip(listed, ids, params, strict=True))
         ]
 
@@ -175,7 +177,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """``generate`` for one conversation or several, through the checkpoint's chat template."""
-        conversations = [messages] if _is_conversation(messages) else messages
+        conversations = [messages] if is_conversation(messages) else messages
         prompts = [self.apply_chat_template(m) for m in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, speculative=speculative, use_tqdm=use_tqdm)
 
@@ -190,12 +192,12 @@ class LLM:
 
         A list of messages goes through the chat template. Joined, the pieces are ``generate``'s text.
         """
-        if _is_conversation(prompt):
+        if is_conversation(prompt):
             prompt = self.apply_chat_template(prompt)  # type: ignore[arg-type]
-        (params,) = _one_each(sampling_params, 1)
+        (params,) = one_each(sampling_params, 1)
         if params.n != 1:
             raise ValueError(f"stream gives one text; n must be 1, got {params.n}")
-        row = make_rows([self._encode(_plain(prompt), params, 0)], [params], self.config.eos_token_ids)[0]
+        row = make_rows([self._encode(plain_ids(prompt), params, 0)], [params], self.config.eos_token_ids)[0]
         return self._stream(row, self.tokenizer, speculative)
 
     def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
@@ -221,7 +223,7 @@ class LLM:
         """Token ids of a conversation, up to where the assistant begins to speak."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self._tokenizer_dir} has no chat template; use generate() with a formatted prompt")
-        if not _is_conversation(messages):
+        if not is_conversation(messages):
             raise ValueError(f'a conversation is a list of {{"role": ..., "content": ...}} messages, got {messages!r}')
         return encode_chat(self.tokenizer, list(messages))
 
@@ -238,7 +240,7 @@ class LLM:
         program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention)
         return decoder.start(batch, program, capacity=shapes.capacity, chunk=shapes.chunk), program
 
-    def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[_Finished]:
+    def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[Finished]:
         """Generate for one batch."""
         began = time.perf_counter()
         state, program = self._start(rows, speculative)
@@ -254,7 +256,7 @@ class LLM:
                 np.array(x) for x in (state.finish_B, state.num_output_B, state.num_rounds_B)
             )
             if any(texts):
-                state, finish_B = _stop_at_strings(state, texts, finish_B, count_B)
+                state, finish_B = stop_at_strings(state, texts, finish_B, count_B)
             finished = int((finish_B[: len(rows)] > 0).sum())
             bar.update(finished - finished_before)
             finished_before = finished
@@ -265,146 +267,7 @@ class LLM:
             if finished == len(rows):
                 break
         spent = (prefilled - began, time.perf_counter() - prefilled)
-        return _collect(rows, state, texts, program, spent)
-
-    def _output(self, prompt: Prompt, prompt_ids: list[int], finished: list[_Finished]) -> RequestOutput:
-        completions = []
-        for f in finished:
-            text = f.text
-            if text is None:
-                text = _decode_all(self.tokenizer, f.token_ids) if self.has_tokenizer else ""
-            completions.append(
-                CompletionOutput(f.row.sample, text, f.token_ids, f.finish_reason, f.stop_reason, f.logprobs)
-            )
-        metrics = RequestMetrics(
-            num_rounds=sum(f.num_rounds for f in finished),
-            num_emitted=sum(f.num_emitted for f in finished),
-            acceptance_histogram=np.sum([f.acceptance_P for f in finished], axis=0).tolist(),
-            prefill_seconds=max(f.seconds[0] for f in finished),
-            decode_seconds=max(f.seconds[1] for f in finished),
-            tree=finished[0].tree,
-        )
-        return RequestOutput(prompt if isinstance(prompt, str) else None, prompt_ids, completions, metrics)
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """A row's result, as ids."""
-
-    row: Row
-    token_ids: list[int]
-    text: str | None  # decided already where stop strings were looked for
-    finish_reason: str
-    stop_reason: int | str | None
-    logprobs: list[dict[int, Logprob]] | None
-    num_rounds: int
-    num_emitted: int
-    acceptance_P: np.ndarray
-    seconds: tuple[float, float]
-    tree: str
-
-
-def _collect(
-    rows: list[Row],
-    state: DecodeState,
-    texts: list[Detokenizer | None],
-    program: Program,
-    seconds: tuple[float, float],
-) -> list[_Finished]:
-    output_BO, count_B, finish_B, rounds_B, acceptance_BP = jax.device_get(
-        (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B, state.acceptance_BP)
-    )
-    logprobs = None if state.logprobs is None else jax.device_get(state.logprobs)
-    results = []
-    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        token_ids = output_BO[i, : count_B[i]].tolist()
-        reason = FINISH_REASONS[finish_B[i]]
-        stop_reason: int | str | None = None
-        if text is not None and text.stop_reason is not None:
-            token_ids, stop_reason, reason = text.token_ids, text.stop_reason, "stop"
-        elif reason == "stop" and token_ids[-1] in row.params.stop_token_ids:
-            stop_reason = token_ids[-1]
-        tops = None
-        if logprobs is not None and row.params.logprobs is not None:
-            tops = []
-            for p, token in enumerate(token_ids):
-                # The program may have computed more than this row asked for, as another one in the batch did.
-                best = zip(*(x[i, p, : row.params.logprobs].tolist() for x in (logprobs.top_id_BOn, logprobs.top_BOn)))
-                ranked = {t: Logprob(value, rank) for rank, (t, value) in enumerate(best, 1)}
-                tops.append({token: Logprob(float(logprobs.chosen_BO[i, p])), **ranked})
-        if text is not None:
-            text.finish()
-        results.append(
-            _Finished(
-                row=row,
-                token_ids=token_ids,
-                text=None if text is None else text.text,
-                finish_reason=str(reason),
-                stop_reason=stop_reason,
-                logprobs=tops,
-                num_rounds=int(rounds_B[i]),
-                num_emitted=int(count_B[i]),
-                acceptance_P=acceptance_BP[i],
-                seconds=seconds,
-                tree=f"{program.plan.num_nodes} nodes, depth {program.plan.max_depth}" if program.drafts else "off",
-            )
-        )
-    return results
-
-
-def _stop_at_strings(
-    state: DecodeState, texts: list[Detokenizer | None], finish_B: np.ndarray, count_B: np.ndarray
-) -> tuple[DecodeState, np.ndarray]:
-    """Feed new tokens to the detokenizers and end the rows whose stop string has appeared."""
-    output_BO = np.asarray(state.output_BO)
-    ended = False
-    for i, text in enumerate(texts):
-        if text is None or text.stop_reason is not None:
-            continue
-        text.push(output_BO[i, len(text.token_ids) : count_B[i]].tolist())
-        if text.stop_reason is not None and finish_B[i] == 0:
-            finish_B[i] = FINISH_REASONS.index("stop")
-            ended = True
-    if ended:
-        state = dataclasses.replace(state, finish_B=jax.numpy.asarray(finish_B))
-    return state, finish_B
-
-
-def _decode_all(tokenizer, token_ids: list[int]) -> str:
-    text = Detokenizer(tokenizer)
-    text.push(token_ids)
-    text.finish()
-    return text.text
-
-
-def _plain(prompt):
-    """Arrays of token ids as lists."""
-    return prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    prompts = _plain(prompts)
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise ValueError(f"prompts must be a string, a list of token ids, or a list of these, got {prompts!r}")
-    if prompts and isinstance(prompts[0], (int, np.integer)):
-        return [prompts]  # type: ignore[list-item]
-    return [_plain(prompt) for prompt in prompts]
-
-
-def _is_conversation(messages: object) -> bool:
-    return isinstance(messages, (list, tuple)) and bool(messages) and all(isinstance(m, Mapping) for m in messages)
-
-
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, (list, tuple)) or not all(isinstance(p, SamplingParams) for p in params):
-        raise ValueError(f"sampling_params must be a SamplingParams, or a list of one per prompt, got {params!r}")
-    if len(params) != count:
-        raise ValueError(f"{count} prompts came with {len(params)} SamplingParams; give one, or one per prompt")
-    return list(params)
+        return collect(rows, state, texts, program, spent)
 
 
 def _keep_compiled_programs(directory: Path) -> None:

@@ -173,6 +173,8 @@ def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
     if isinstance(tree, (StaticTree, DynamicTree)):
         return tree
     if not isinstance(tree, str):
+        if not isinstance(tree, (list, tuple)) or not all(isinstance(path, (list, tuple)) for path in tree):
+            raise ValueError(f"a tree is a name or a list of paths such as [[0], [1], [0, 0]], got {tree!r}")
         return StaticTree(tuple(tuple(path) for path in tree))
     if tree in NAMED_TREES:
         return NAMED_TREES[tree]
@@ -181,6 +183,6 @@ def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
     if match := re.fullmatch(r"dynamic-(\d+)-(\d+)-(\d+)", tree):
         return DynamicTree(*(int(n) for n in match.groups()))
     raise ValueError(
-        f"tree {tree!r} is unknown; use 'chain-K', 'dynamic-DEPTH-TOPK-TOTAL', a list of paths, or one of "
+        f"tree {tree!r} is unknown; use 'auto', 'chain-K', 'dynamic-DEPTH-TOPK-TOTAL', a list of paths, or one of "
         f"{sorted(NAMED_TREES)}"
     )

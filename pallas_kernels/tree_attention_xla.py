@@ -17,7 +17,7 @@ from jax import lax
 
 __all__ = ["tree_attention"]
 
-BLOCK = 512  # cache positions per step of the prefix pass
+BLOCK = 256  # cache positions per step of the prefix pass
 
 Partial = tuple[jax.Array, jax.Array]  # normalised out_KBTGH and log-sum-exp_KBTG, float32
 

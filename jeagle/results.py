@@ -1,0 +1,129 @@
+"""From a decode state to what users get: finished rows as ids, then ``RequestOutput`` with text."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jeagle.decode import FINISH_REASONS, DecodeState, Program
+from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jeagle.requests import Row
+from jeagle.text import Detokenizer, Tokenizer
+
+__all__ = ["Finished", "collect", "request_output", "stop_at_strings"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row's result, as ids."""
+
+    row: Row
+    token_ids: list[int]
+    text: str | None  # decided already where stop strings were looked for
+    finish_reason: str
+    stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None
+    num_rounds: int
+    num_emitted: int
+    acceptance_P: np.ndarray
+    seconds: tuple[float, float]
+    tree: str
+
+
+def collect(
+    rows: list[Row],
+    state: DecodeState,
+    texts: list[Detokenizer | None],
+    program: Program,
+    seconds: tuple[float, float],
+) -> list[Finished]:
+    output_BO, count_B, finish_B, rounds_B, acceptance_BP = jax.device_get(
+        (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B, state.acceptance_BP)
+    )
+    logprobs = None if state.logprobs is None else jax.device_get(state.logprobs)
+    results = []
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        token_ids = output_BO[i, : count_B[i]].tolist()
+        reason = FINISH_REASONS[finish_B[i]]
+        stop_reason: int | str | None = None
+        if text is not None and text.stop_reason is not None:
+            token_ids, stop_reason, reason = text.token_ids, text.stop_reason, "stop"
+        elif reason == "stop" and token_ids[-1] in row.params.stop_token_ids:
+            stop_reason = token_ids[-1]
+        tops = None
+        if logprobs is not None and row.params.logprobs is not None:
+            tops = []
+            for p, token in enumerate(token_ids):
+                # The program may have computed more than this row asked for, as another one in the batch did.
+                best = zip(*(x[i, p, : row.params.logprobs].tolist() for x in (logprobs.top_id_BOn, logprobs.top_BOn)))
+                ranked = {t: Logprob(value, rank) for rank, (t, value) in enumerate(best, 1)}
+                tops.append({token: Logprob(float(logprobs.chosen_BO[i, p])), **ranked})
+        if text is not None:
+            text.finish()
+        results.append(
+            Finished(
+                row=row,
+                token_ids=token_ids,
+                text=None if text is None else text.text,
+                finish_reason=str(reason),
+                stop_reason=stop_reason,
+                logprobs=tops,
+                num_rounds=int(rounds_B[i]),
+                num_emitted=int(count_B[i]),
+                acceptance_P=acceptance_BP[i],
+                seconds=seconds,
+                tree=f"{program.plan.num_nodes} nodes, depth {program.plan.max_depth}" if program.drafts else "off",
+            )
+        )
+    return results
+
+
+def stop_at_strings(
+    state: DecodeState, texts: list[Detokenizer | None], finish_B: np.ndarray, count_B: np.ndarray
+) -> tuple[DecodeState, np.ndarray]:
+    """Feed new tokens to the detokenizers and end the rows whose stop string has appeared."""
+    output_BO = np.asarray(state.output_BO)
+    ended = False
+    for i, text in enumerate(texts):
+        if text is None or text.stop_reason is not None:
+            continue
+        text.push(output_BO[i, len(text.token_ids) : count_B[i]].tolist())
+        if text.stop_reason is not None and finish_B[i] == 0:
+            finish_B[i] = FINISH_REASONS.index("stop")
+            ended = True
+    if ended:
+        state = dataclasses.replace(state, finish_B=jax.numpy.asarray(finish_B))
+    return state, finish_B
+
+
+def decode_all(tokenizer, token_ids: list[int]) -> str:
+    text = Detokenizer(tokenizer)
+    text.push(token_ids)
+    text.finish()
+    return text.text
+
+
+def request_output(
+    prompt: str | None, prompt_ids: list[int], finished: list[Finished], tokenizer: Tokenizer | None
+) -> RequestOutput:
+    """One request's samples put together. Without a tokenizer texts are empty."""
+    completions = []
+    for f in finished:
+        text = f.text
+        if text is None:
+            text = "" if tokenizer is None else decode_all(tokenizer, f.token_ids)
+        completions.append(
+            CompletionOutput(f.row.sample, text, f.token_ids, f.finish_reason, f.stop_reason, f.logprobs)
+        )
+    metrics = RequestMetrics(
+        num_rounds=sum(f.num_rounds for f in finished),
+        num_emitted=sum(f.num_emitted for f in finished),
+        acceptance_histogram=np.sum([f.acceptance_P for f in finished], axis=0).tolist(),
+        prefill_seconds=max(f.seconds[0] for f in finished),
+        decode_seconds=max(f.seconds[1] for f in finished),
+        tree=finished[0].tree,
+    )
+    return RequestOutput(prompt, prompt_ids, completions, metrics)
