@@ -61,7 +61,7 @@ def test_parse_tree():
 
 @pytest.mark.parametrize("name", ["", "chain", "chain--1", "chain-2x", "dynamic-1-2", "eagle", "Off"])
 def test_unknown_names_are_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"is unknown; use 'chain-K'.*'bush-8', 'dynamic', 'eagle-26', 'off'"):
+    with pytest.raises(ValueError, match=r"is unknown; use 'auto', 'chain-K'.*'bush-8', 'dynamic', 'eagle-26', 'off'"):
         parse_tree(name)
 
 
