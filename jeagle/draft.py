@@ -7,18 +7,21 @@ node of depth d sits at head position length + d - 1, and the root's own pair is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jeagle.cache import KVCache, NewKV, Prefix
-from jeagle.eagle import EagleHead
+from jeagle.eagle import EagleHead, HeadForward
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, gumbel, warp
-from jeagle.tree import Tree, TreePlan, ancestor_mask
+from jeagle.tree import Level, Tree, TreePlan, ancestor_mask
 
-__all__ = ["COUPLING", "DraftState", "propose"]
+__all__ = ["COUPLING", "Candidates", "DraftState", "propose", "select"]
 
 # Under sampling a child's score across nodes is log_softmax((log q + noise) / COUPLING): the sharper the head's guess
 # of the *sample*, the smaller the best value. Simulated optima: 0.35 / 0.6 / 0.95 at a logit error of 0.5 / 1 / 1.5.
@@ -38,108 +41,24 @@ class DraftState:
     count_B: jax.Array  # how many of the P are real
 
 
-def propose(
-    head: EagleHead,
-    target: Llama,
-    draft: DraftState,
-    prefix: Prefix,
-    root_B: jax.Array,
-    remaining_B: jax.Array,
-    rows: RowSampling,
-    *,
-    plan: TreePlan,
-    filters: Filters,
-    attention: str = "auto",
-) -> tuple[Tree, list[NewKV]]:
-    """Guess what follows ``root_B`` (position prefix.length).
+class Candidates(NamedTuple):
+    """Possible tree nodes, numbered in the order they are made."""
 
-    Args:
-      prefix: the target's committed positions. The head has committed draft.count fewer: those are pending.
-      remaining_B: tokens the request may still emit. A node of depth d yields d + 1, so deeper ones are not valid.
+    token_Bn: jax.Array  # target ids
+    score_Bn: jax.Array  # sum of the path's scores, <= 0; -inf where the head said nothing finite
+    parent_Bn: jax.Array  # number of the parent, -1 for the root
+    depth_Bn: jax.Array
 
-    Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be
-    committed.
-    """
-    B, P = draft.token_BP.shape
-    committed = prefix.with_length(prefix.length_B - draft.count_B)
 
-    # extend: the pending positions, with the target's true features. The last one predicts the root's children.
-    causal_1PP = jnp.tril(jnp.ones((1, P, P), bool))
-    position_BP = committed.length_B[:, None] + jnp.arange(P)
-    extended = head(
-        draft.token_BP,
-        head.fuse(draft.feature_BPX),
-        position_BP,
-        causal_1PP,
-        draft.cache,
-        committed,
-        target=target,
-        attention=attention,
-    )
-    last_B = jnp.maximum(draft.count_B - 1, 0)[:, None, None]
-    feature_BFD, hidden_BFD = (
-        jnp.take_along_axis(x, last_B, axis=1) for x in (extended.feature_BTD, extended.hidden_BTD)
-    )
+class Frontier(NamedTuple):
+    """The F nodes whose children come next."""
 
-    # grow: level by level; the suffix is the pending rows and every node run so far.
-    earlier = extended.new_kv
-    seen_BFU = (jnp.arange(P) < draft.count_B[:, None])[:, None, :]  # what the frontier's nodes may attend to
-    no_guess_B1 = jnp.where(draft.count_B == 0, -jnp.inf, 0.0)[:, None]
-    score_BF = no_guess_B1  # cumulative; -inf where there is nothing to extend from (a prompt of one token)
-    candidate_BF = jnp.full((B, 1), -1, jnp.int32)  # the frontier's own candidate numbers; -1 is the root
-    tokens, scores, parents, depths = [], [], [], []
-    num_candidates = 0
-    for depth, level in enumerate(plan.levels, start=1):
-        logits_BFW = head.logits(hidden_BFD, target)
-        child_position_B1 = prefix.length_B[:, None] + depth
-        token_BFC, gain_BFC = _children(head, logits_BFW, child_position_B1, rows, filters, level.branch)
-
-        kept_n = jnp.array(level.kept)
-        slot_n = kept_n // level.branch
-        token_Bn = token_BFC.reshape(B, -1)[:, kept_n]
-        score_Bn = (score_BF[:, :, None] + gain_BFC).reshape(B, -1)[:, kept_n]
-        tokens.append(token_Bn)
-        scores.append(score_Bn)
-        parents.append(candidate_BF[:, slot_n])
-        depths.append(jnp.full_like(token_Bn, depth))
-        if depth == plan.max_depth:
-            break
-
-        if isinstance(level.frontier, int):
-            score_BF, pick_BF = jax.lax.top_k(score_Bn, min(level.frontier, len(level.kept)))
-        else:
-            pick_BF = jnp.broadcast_to(jnp.array(level.frontier, jnp.int32), (B, len(level.frontier)))
-            score_BF = jnp.take_along_axis(score_Bn, pick_BF, axis=1)
-        slot_BF = slot_n[pick_BF]  # which node of the previous frontier each new one hangs from
-        candidate_BF = num_candidates + pick_BF
-        num_candidates += len(level.kept)
-        F = pick_BF.shape[1]
-        own_BFF = jnp.broadcast_to(jnp.eye(F, dtype=bool), (B, F, F))
-        seen_BFU = jnp.concatenate([jnp.take_along_axis(seen_BFU, slot_BF[:, :, None], axis=1), own_BFF], axis=-1)
-        step = head(
-            jnp.take_along_axis(token_Bn, pick_BF, axis=1),
-            jnp.take_along_axis(feature_BFD, slot_BF[:, :, None], axis=1),
-            jnp.broadcast_to(prefix.length_B[:, None] + depth - 1, (B, F)),
-            seen_BFU,
-            draft.cache,
-            committed,
-            target=target,
-            earlier=earlier,
-            attention=attention,
-        )
-        feature_BFD, hidden_BFD = step.feature_BTD, step.hidden_BTD
-        earlier = [
-            (jnp.concatenate([k, new_k], axis=1), jnp.concatenate([v, new_v], axis=1))
-            for (k, v), (new_k, new_v) in zip(earlier, step.new_kv, strict=True)
-        ]
-
-    tree = select(
-        root_B,
-        *(jnp.concatenate(x, axis=1) for x in (tokens, scores, parents, depths)),
-        remaining_B=remaining_B,
-        plan=plan,
-    )
-    return tree, extended.new_kv
+    feature_BFD: jax.Array  # what their children's step takes as its feature
+    hidden_BFD: jax.Array  # what the LM head reads
+    score_BF: jax.Array
+    number_BF: jax.Array  # their candidate numbers, -1 for the root
+    seen_BFU: jax.Array  # what of the suffix they, and their children, attend to
+    earlier: list[NewKV]  # the suffix: keys and values of the pending rows and of every node run so far
 
 
 def _children(
@@ -172,33 +91,81 @@ def _children(
     return id_W[child_BFC], score_BFC
 
 
-def select(
-    root_B: jax.Array,
-    token_Bn: jax.Array,
-    score_Bn: jax.Array,
-    parent_Bn: jax.Array,
-    depth_Bn: jax.Array,
-    *,
-    remaining_B: jax.Array,
-    plan: TreePlan,
-) -> Tree:
+def _extend(run: Callable[..., HeadForward], head: EagleHead, draft: DraftState, committed: Prefix) -> Frontier:
+    """The pending positions, with the target's true features. The last one predicts the root's children."""
+    B, P = draft.token_BP.shape
+    index_P = jnp.arange(P)
+    causal_1PP = jnp.tril(jnp.ones((1, P, P), bool))
+    position_BP = committed.length_B[:, None] + index_P
+    step = run(draft.token_BP, head.fuse(draft.feature_BPX), position_BP, causal_1PP)
+    last_B11 = jnp.maximum(draft.count_B - 1, 0)[:, None, None]
+    feature_B1D, hidden_B1D = (jnp.take_along_axis(x, last_B11, axis=1) for x in (step.feature_BTD, step.hidden_BTD))
+    # Nothing pending (the first round after a prompt of one token): nothing to predict from.
+    score_B1 = jnp.where(draft.count_B == 0, -jnp.inf, 0.0)[:, None]
+    seen_B1P = (index_P < draft.count_B[:, None])[:, None, :]
+    return Frontier(feature_B1D, hidden_B1D, score_B1, jnp.full((B, 1), -1, jnp.int32), seen_B1P, step.new_kv)
+
+
+def _keep(level: Level, frontier: Frontier, token_BFC: jax.Array, gain_BFC: jax.Array, depth: int) -> Candidates:
+    """The children that the plan makes candidates."""
+    B = token_BFC.shape[0]
+    kept_n = jnp.array(level.kept)
+    token_Bn = token_BFC.reshape(B, -1)[:, kept_n]
+    score_Bn = (frontier.score_BF[:, :, None] + gain_BFC).reshape(B, -1)[:, kept_n]
+    parent_Bn = frontier.number_BF[:, kept_n // level.branch]
+    return Candidates(token_Bn, score_Bn, parent_Bn, jnp.full_like(token_Bn, depth))
+
+
+def _grow(
+    run: Callable[..., HeadForward],
+    level: Level,
+    frontier: Frontier,
+    candidates: Candidates,
+    made: int,
+    position_B: jax.Array,
+) -> Frontier:
+    """Run the head over the best of a level's candidates, which are numbered from ``made`` on."""
+    B, n = candidates.token_Bn.shape
+    if isinstance(level.frontier, int):
+        score_BF, pick_BF = jax.lax.top_k(candidates.score_Bn, min(level.frontier, n))
+    else:
+        pick_BF = jnp.broadcast_to(jnp.array(level.frontier, jnp.int32), (B, len(level.frontier)))
+        score_BF = jnp.take_along_axis(candidates.score_Bn, pick_BF, axis=1)
+    F = pick_BF.shape[1]
+    slot_BF1 = (jnp.array(level.kept) // level.branch)[pick_BF][:, :, None]  # which frontier node each one hangs from
+    own_BFF = jnp.broadcast_to(jnp.eye(F, dtype=bool), (B, F, F))
+    seen_BFU = jnp.concatenate([jnp.take_along_axis(frontier.seen_BFU, slot_BF1, axis=1), own_BFF], axis=-1)
+    step = run(
+        jnp.take_along_axis(candidates.token_Bn, pick_BF, axis=1),
+        jnp.take_along_axis(frontier.feature_BFD, slot_BF1, axis=1),
+        jnp.broadcast_to(position_B[:, None], (B, F)),
+        seen_BFU,
+        earlier=frontier.earlier,
+    )
+    earlier = [
+        (jnp.concatenate([k, new_k], axis=1), jnp.concatenate([v, new_v], axis=1))
+        for (k, v), (new_k, new_v) in zip(frontier.earlier, step.new_kv, strict=True)
+    ]
+    return Frontier(step.feature_BTD, step.hidden_BTD, score_BF, made + pick_BF, seen_BFU, earlier)
+
+
+def select(root_B: jax.Array, candidates: Candidates, *, remaining_B: jax.Array, plan: TreePlan) -> Tree:
     """The tree of the plan's num_nodes - 1 best candidates, in the order they were made, under ``root_B``.
 
-    parent_Bn holds candidate numbers, -1 for the root. A parent scores at least as much as its child and comes first,
-    so the best candidates always form a tree (arXiv:2406.16858, re-ranking).
+    A parent scores at least as much as its child and comes first, so the best candidates always form a tree
+    (arXiv:2406.16858, re-ranking).
 
     Example: candidates a, b (children of the root), c (of a), d (of b) with scores -1, -3, -2, -9 and 4 nodes in all:
     a, b, c are kept, as nodes 1, 2, 3 with parents 0, 0, 1.
     """
     N = plan.num_nodes - 1
-    if token_Bn.shape[1] > N:
-        _, best_BN = jax.lax.top_k(score_Bn, N)
+    B, n = candidates.token_Bn.shape
+    if n > N:
+        _, best_BN = jax.lax.top_k(candidates.score_Bn, N)
         best_BN = jnp.sort(best_BN, axis=1)
     else:
-        best_BN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (token_Bn.shape[0], N))
-    token_BN, score_BN, parent_BN, depth_BN = (
-        jnp.take_along_axis(x, best_BN, axis=1) for x in (token_Bn, score_Bn, parent_Bn, depth_Bn)
-    )
+        best_BN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
+    token_BN, score_BN, parent_BN, depth_BN = (jnp.take_along_axis(x, best_BN, axis=1) for x in candidates)
     is_parent_BNN = parent_BN[:, :, None] == best_BN[:, None, :]
     new_parent_BN = jnp.where(parent_BN < 0, 0, 1 + jnp.argmax(is_parent_BNN, axis=-1)).astype(jnp.int32)
     # Room for d drafts and the bonus token: a tree never crosses the request's limit, and the cache never overflows.
@@ -216,3 +183,43 @@ def select(
         mask_BTT=ancestor_mask(parent_BT, plan.max_depth),
         valid_BT=with_root(jnp.ones_like(root_B), valid_BN),
     )
+
+
+def propose(
+    head: EagleHead,
+    target: Llama,
+    draft: DraftState,
+    prefix: Prefix,
+    root_B: jax.Array,
+    remaining_B: jax.Array,
+    rows: RowSampling,
+    *,
+    plan: TreePlan,
+    filters: Filters,
+    attention: str = "auto",
+) -> tuple[Tree, list[NewKV]]:
+    """Guess what follows ``root_B`` (position prefix.length).
+
+    Args:
+      prefix: the target's committed positions. The head has committed draft.count fewer: those are pending.
+      remaining_B: tokens the request may still emit. A node of depth d yields d + 1, so deeper ones are not valid.
+
+    Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be
+    committed.
+    """
+    committed = prefix.with_length(prefix.length_B - draft.count_B)
+    run = partial(head, cache=draft.cache, prefix=committed, target=target, attention=attention)
+    frontier = _extend(run, head, draft, committed)
+    pending_kv = frontier.earlier
+
+    candidates: list[Candidates] = []
+    for depth, level in enumerate(plan.levels, start=1):
+        logits_BFW = head.logits(frontier.hidden_BFD, target)
+        token_BFC, gain_BFC = _children(head, logits_BFW, prefix.length_B[:, None] + depth, rows, filters, level.branch)
+        candidates.append(_keep(level, frontier, token_BFC, gain_BFC, depth))
+        if depth < plan.max_depth:
+            made = sum(c.token_Bn.shape[1] for c in candidates[:-1])
+            frontier = _grow(run, level, frontier, candidates[-1], made, prefix.length_B + depth - 1)
+
+    joined = (jnp.concatenate(x, axis=1) for x in zip(*candidates))
+    return select(root_B, Candidates(*joined), remaining_B=remaining_B, plan=plan), pending_kv

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jeagle.draft import select
+from jeagle.draft import Candidates, select
 from jeagle.tree import NAMED_TREES, OFF, DynamicTree, Level, StaticTree, Tree, ancestor_mask, parse_tree
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -205,7 +205,7 @@ def test_select_equals_brute_force(seed):
     root = rng.integers(0, 1000, ROWS).astype(np.int32)
     remaining = rng.integers(1, 6, ROWS).astype(np.int32)
     columns = [np.stack([row[key] for row in rows]) for key in rows[0]]
-    tree = jax.tree.map(np.asarray, run_select(root, *columns, remaining_B=remaining, plan=PLAN))
+    tree = jax.tree.map(np.asarray, run_select(root, Candidates(*columns), remaining_B=remaining, plan=PLAN))
     for i, row in enumerate(rows):
         wanted = rerank(row, int(root[i]), int(remaining[i]), PLAN.num_nodes)
         for field, values in wanted.items():
@@ -224,7 +224,9 @@ def test_select_example_and_the_end_of_a_request():
     parent, depth = np.array([-1, -1, 0, 1], np.int32), np.array([1, 1, 2, 2], np.int32)
     columns = [np.tile(x, (4, 1)) for x in (token, score, parent, depth)]
     plan = StaticTree(((0,), (1,), (0, 0)))
-    tree = run_select(np.full(4, 4, np.int32), *columns, remaining_B=np.array([3, 2, 1, 0], np.int32), plan=plan)
+    tree = run_select(
+        np.full(4, 4, np.int32), Candidates(*columns), remaining_B=np.array([3, 2, 1, 0], np.int32), plan=plan
+    )
     assert tree.token_BT[0].tolist() == [4, 5, 6, 7]
     assert tree.parent_BT[0].tolist() == [0, 0, 0, 1]
     assert tree.valid_BT.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
@@ -235,6 +237,6 @@ def test_select_keeps_all_of_a_static_tree():
     plan = StaticTree(((0,), (1,), (0, 0)))
     columns = [np.array([[5, 6, 7]], np.int32), np.array([[-np.inf, -1, -np.inf]], np.float32)]
     columns += [np.array([[-1, -1, 0]], np.int32), np.array([[1, 1, 2]], np.int32)]
-    tree = run_select(np.array([4], np.int32), *columns, remaining_B=np.array([9], np.int32), plan=plan)
+    tree = run_select(np.array([4], np.int32), Candidates(*columns), remaining_B=np.array([9], np.int32), plan=plan)
     assert tree.token_BT.tolist() == [[4, 5, 6, 7]]
     assert tree.valid_BT.tolist() == [[True, False, True, False]]
