@@ -131,6 +131,10 @@ def _chat(args: argparse.Namespace) -> int:
             print()
             messages.pop()
             continue
+        except ValueError as error:  # outgrown the context: a shorter message may still fit
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer})
 
 
