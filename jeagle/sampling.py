@@ -197,6 +197,6 @@ def choose(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, fil
     x = warp(logits_BTV, rows, filters)
     if filters.sample:
         noise = gumbel(rows.seed_B2, position_BT, jnp.arange(x.shape[-1]))
-        # The barrier keeps XLA:CPU from fusing the noise into the argmax, where it is computed four times as slowly.
+        # The barrier keeps XLA:CPU from fusing the noise into the argmax, where it takes three times as long.
         x = jax.lax.optimization_barrier(x + jnp.where(rows.temperature_B[:, None, None] == 0, 0.0, noise))
     return jnp.argmax(x, axis=-1).astype(jnp.int32)
