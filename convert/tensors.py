@@ -47,9 +47,7 @@ class SafetensorsSource:
             for name, where in _read_header(path).items():
                 if (weight_map or {}).get(name, path) == path:
                     self._tensors[name] = (path, *where)
-        for name, path in (weight_map or {}).items():
-            if name not in self._tensors:
-                raise ConversionError(f"the index says that {path} holds tensor {name}, which it lacks; fetch it again")
+        _check_index(weight_map, self._tensors)
 
     def names(self) -> Iterable[str]:
         return self._tensors
@@ -68,6 +66,12 @@ class SafetensorsSource:
         if start % dtype.itemsize:  # the format allows it, numpy's views do not
             data = data.copy()
         return np.asarray(data).view(dtype).reshape(shape)
+
+
+def _check_index(weight_map: Mapping[str, Path] | None, found: Mapping[str, object]) -> None:
+    for name, path in (weight_map or {}).items():
+        if name not in found:
+            raise ConversionError(f"the index says that {path} holds tensor {name}, which it lacks; fetch it again")
 
 
 def _read_header(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
@@ -138,9 +142,7 @@ class TorchSource:
         for name, tensor in self._tensors.items():
             if str(tensor.dtype).removeprefix("torch.") not in (*(np.dtype(d).name for d in DTYPES.values()),):
                 raise ConversionError(f"tensor {name} is stored as {tensor.dtype}, which does not convert")
-        for name, path in (weight_map or {}).items():
-            if name not in self._tensors:
-                raise ConversionError(f"the index says that {path} holds tensor {name}, which it lacks; fetch it again")
+        _check_index(weight_map, self._tensors)
 
     def names(self) -> Iterable[str]:
         return self._tensors
