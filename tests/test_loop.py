@@ -14,7 +14,6 @@ from jeagle.decoder import Batch, CompiledProgram, Decoder
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, seed_keys
-from jeagle.sampling import SamplingParams as Params
 from jeagle.tree import OFF, StaticTree
 
 # A cache that outweighs all else: 3 layers x 8192 positions against a vocabulary of 64.
@@ -30,7 +29,7 @@ def make_llm(**options) -> LLM:
 def make_batch(max_tokens: int) -> Batch:
     return Batch(
         [np.arange(1, 40, dtype=np.int32)] * BATCH,
-        RowSampling.stack([Params()] * BATCH, seed_keys(0, BATCH)),
+        RowSampling.stack([SamplingParams()] * BATCH, seed_keys(0, BATCH)),
         np.full((BATCH, 4), -1, np.int32),
         np.full(BATCH, max_tokens, np.int32),
     )
@@ -91,7 +90,7 @@ def test_a_bucket_is_compiled_once() -> None:
     llm.generate([[1, 2, 3], [4, 5]], params, use_tqdm=False)
     before = len(llm.compiled_programs)
     assert [p.name for p in llm.compiled_programs] == ["prefill", "decode"]
-    with jax.log_compiles(False), _no_compilation():
+    with _no_compilation():
         llm.generate([[7, 8, 9, 10], [11]], SamplingParams(max_tokens=17, ignore_eos=True), use_tqdm=False)
     assert len(llm.compiled_programs) == before
 
