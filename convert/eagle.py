@@ -17,7 +17,7 @@ from convert.eagle_config import Shapes, read_config
 from convert.table import ConversionError, Description, Rule, Source, block_rules, norm, plain, transposed
 from jeagle.config import EagleConfig, LlamaConfig
 
-__all__ = ["check_token_maps", "describe", "is_eagle"]
+__all__ = ["check_token_maps", "describe", "head_rules", "is_eagle"]
 
 _PREFIXES = {"midlayer.": "layers.0.", "transformer.": "layers.0."}  # EAGLE-3; speculators' EAGLE-1
 _STEMS = {
@@ -76,7 +76,7 @@ def describe(
     def in_file(name: str) -> str:  # a missing tensor is named as its neighbours are
         return actual.get(name) or (first + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name)
 
-    rules = [dataclasses.replace(rule, sources=tuple(map(in_file, rule.sources))) for rule in _rules(head)]
+    rules = [dataclasses.replace(rule, sources=tuple(map(in_file, rule.sources))) for rule in head_rules(head)]
     unused = {"t2d"} | (set() if head.reduced_vocabulary else {"d2t"})
     ignore = frozenset(n for c, n in actual.items() if c in unused or c.endswith(_UNUSED))
     return Description(head, rules, ignore, notes)
@@ -131,8 +131,8 @@ def _form(config: Mapping[str, Any], names: Mapping[str, Any], shapes: Shapes) -
     return "Meta's dense form" if "norm.weight" in shapes else "EAGLE-1/2"
 
 
-def _rules(config: EagleConfig) -> Iterator[Rule]:
-    """The table, in canonical names. D wide, W of V ids, X target feature columns."""
+def head_rules(config: EagleConfig) -> Iterator[Rule]:
+    """The table of a head, in canonical names. D wide, W of V ids, X target feature columns."""
     D, V, W, X = config.width, config.vocab_size, config.draft_vocab_size, config.feature_width
     attention = config.fusion == "attention"
     if config.own_embedding:
@@ -170,6 +170,7 @@ def _rules(config: EagleConfig) -> Iterator[Rule]:
             sources=("d2t",),
             source_shapes=((W,),),
             make=lambda d2t: _absolute_ids(d2t, V),
+            split=lambda ids: (ids.astype(np.int64) - np.arange(len(ids)),),
             integer=True,
         )
 

@@ -2,11 +2,12 @@
 
 A table is a list of ``Rule``. ``fill`` walks it against a source, one output tensor at a time, and insists that every
 rule finds its sources and every source is used; what is left over on either side is an error that lists names.
+``unfill`` walks the same table backwards, from our tensors to the source's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +15,18 @@ import numpy as np
 
 from jeagle.config import BlockConfig
 
-__all__ = ["ConversionError", "Description", "Rule", "Source", "block_rules", "fill", "norm", "plain", "transposed"]
+__all__ = [
+    "ConversionError",
+    "Description",
+    "Rule",
+    "Source",
+    "block_rules",
+    "fill",
+    "norm",
+    "plain",
+    "transposed",
+    "unfill",
+]
 
 
 class ConversionError(ValueError):
@@ -35,12 +47,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """``target`` (dotted path of the module state) = make(*sources)."""
+    """``target`` (dotted path of the module state) = make(*sources), and sources = split(target)."""
 
     target: str
     sources: tuple[str, ...]
     source_shapes: tuple[tuple[int, ...], ...]
     make: Callable[..., np.ndarray]
+    split: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the inverse of make; views where it can
     integer: bool = False  # integers stay integers (int32); everything else takes the checkpoint's dtype
 
 
@@ -56,7 +69,7 @@ class Description:
 
 def plain(target: str, source: str, *shape: int) -> Rule:
     """Taken as it is."""
-    return Rule(target=target, sources=(source,), source_shapes=(shape,), make=lambda x: x)
+    return Rule(target=target, sources=(source,), source_shapes=(shape,), make=lambda x: x, split=lambda x: (x,))
 
 
 def norm(target: str, source: str, width: int) -> Rule:
@@ -65,7 +78,13 @@ def norm(target: str, source: str, width: int) -> Rule:
 
 def transposed(target: str, source: str, inputs: int, outputs: int) -> Rule:
     """torch Linear [out, in] -> ours [in, out]."""
-    return Rule(target=target, sources=(source,), source_shapes=((outputs, inputs),), make=lambda x: x.T)
+    return Rule(
+        target=target,
+        sources=(source,),
+        source_shapes=((outputs, inputs),),
+        make=lambda x: x.T,
+        split=lambda x: (x.T,),
+    )
 
 
 def block_rules(
@@ -86,9 +105,16 @@ def block_rules(
         fused = np.concatenate(heads, axis=1)
         return np.moveaxis(fused, 3, 0) if fused.ndim == 4 else fused
 
+    def split_qkv(fused):
+        heads = np.moveaxis(fused, 0, 3) if fused.ndim == 4 else fused
+        return tuple(x.reshape(-1, *x.shape[3:]) for x in np.split(heads, (G, G + 1), axis=1))
+
     def fuse_gate_up(gate, up):  # [F, D] twice -> [D, 2, F]; biases [F] twice -> [2, F]
         fused = np.stack([gate, up])
         return np.moveaxis(fused, 2, 0) if fused.ndim == 3 else fused
+
+    def split_gate_up(fused):
+        return tuple(np.moveaxis(fused, 0, 2) if fused.ndim == 3 else fused)
 
     if attn_norm is not None:
         yield norm(f"{target}.attn_norm", f"{source}.{attn_norm}", D)
@@ -99,12 +125,14 @@ def block_rules(
         sources=tuple(f"{x}.weight" for x in qkv),
         source_shapes=tuple((r, I) for r in rows),
         make=fuse_qkv,
+        split=split_qkv,
     )
     yield Rule(
         target=f"{target}.out.kernel",
         sources=(f"{attn}.o_proj.weight",),
         source_shapes=((D, K * G * H),),
         make=lambda x: x.T.reshape(K, G, H, D),
+        split=lambda x: (x.reshape(K * G * H, D).T,),
     )
     yield norm(f"{target}.mlp_norm", f"{source}.post_attention_layernorm", D)
     yield Rule(
@@ -112,6 +140,7 @@ def block_rules(
         sources=(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
         source_shapes=((F, D), (F, D)),
         make=fuse_gate_up,
+        split=split_gate_up,
     )
     yield transposed(f"{target}.down.kernel", f"{mlp}.down_proj.weight", F, D)
     if config.attention_bias:
@@ -120,6 +149,7 @@ def block_rules(
             sources=tuple(f"{x}.bias" for x in qkv),
             source_shapes=tuple((r,) for r in rows),
             make=fuse_qkv,
+            split=split_qkv,
         )
         yield plain(f"{target}.out.bias", f"{attn}.o_proj.bias", D)
     if config.mlp_bias:
@@ -128,6 +158,7 @@ def block_rules(
             sources=(f"{mlp}.gate_proj.bias", f"{mlp}.up_proj.bias"),
             source_shapes=((F,), (F,)),
             make=fuse_gate_up,
+            split=split_gate_up,
         )
         yield plain(f"{target}.down.bias", f"{mlp}.down_proj.bias", D)
 
@@ -163,6 +194,31 @@ def fill(rules: list[Rule], source: Source, *, ignore: Iterable[str] = ()) -> It
         del arrays, array  # while the reader of this generator writes, and then the next rule reads, nothing old stays
         yield rule.target, made
         del made
+
+
+def unfill(rules: list[Rule], tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (source name, array): the inverse of ``fill``, from our tensors by dotted path. Arrays may be views.
+
+    Raises ConversionError on what ``fill`` would refuse to read back: other tensors than the rules', other shapes, NaN
+    or inf, a bad d2t.
+    """
+    targets = {rule.target for rule in rules}
+    missing, unused = sorted(targets - set(tensors)), sorted(set(tensors) - targets)
+    if missing or unused:
+        raise ConversionError(
+            f"the head's tensors do not match its config: missing {_some(missing)}; not used {_some(unused)}"
+        )
+    for rule in rules:
+        array = tensors[rule.target]
+        if not rule.integer and not _finite(array):
+            raise ConversionError(f"tensor {rule.target} holds NaN or inf; the checkpoint is damaged")
+        parts = rule.split(array)
+        if rule.integer:
+            rule.make(*parts)  # says what is wrong with them
+        for name, shape, part in zip(rule.sources, rule.source_shapes, parts, strict=True):
+            if part.shape != shape:
+                raise ConversionError(f"tensor {name} would have shape {part.shape}, the head's config says {shape}")
+            yield name, part
 
 
 _EXPONENT = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}

@@ -6,6 +6,7 @@ Position i of the head pairs the target's feature at i with the token at i+1 and
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import EagleConfig
-from jeagle.layers import Block, Linear, RMSNorm, rope_angles
+from jeagle.layers import Block, LayerAttend, Linear, RMSNorm, rope_angles
 from jeagle.llama import Llama
 
 __all__ = ["EagleHead", "HeadForward", "TokenMap"]
@@ -104,6 +105,25 @@ class EagleHead(nnx.Module):
           earlier: keys and values of uncommitted positions that came before (pending rows, upper tree levels).
           target: lends its embedding where the head has none.
         """
+
+        def attend_cached(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            if earlier is not None:
+                k, v = (jnp.concatenate(pair, axis=1) for pair in zip(earlier[layer], (k, v), strict=True))
+            return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
+
+        return self.run(token_BT, feature_BTD, position_BT, attend_cached, target=target)
+
+    def run(
+        self,
+        token_BT: jax.Array,
+        feature_BTD: jax.Array,
+        position_BT: jax.Array,
+        attend: LayerAttend,
+        *,
+        target: Llama,
+    ) -> HeadForward:
+        """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
+        training."""
         config = self.config
         embed = target.embed if self.embed is None else self.embed
         e_BTD = embed[...][token_BT]
@@ -122,13 +142,7 @@ class EagleHead(nnx.Module):
         rope = rope_angles(config, position_BT)
         new_kv: list[NewKV] = []
         for i, block in enumerate(self.blocks):
-
-            def attend_layer(q, k, v, layer=i):
-                if earlier is not None:
-                    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(earlier[layer], (k, v), strict=True))
-                return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
-
-            x_BTD, kv = block(x_BTD, rope, attend_layer, attn_input)
+            x_BTD, kv = block(x_BTD, rope, partial(attend, i), attn_input)
             attn_input = None
             new_kv.append(kv)
         hidden_BTD = x_BTD if self.norm is None else self.norm(x_BTD)

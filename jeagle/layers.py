@@ -16,9 +16,10 @@ from flax import nnx
 
 from jeagle.config import BlockConfig
 
-__all__ = ["Block", "Linear", "RMSNorm", "Rope", "rope_frequencies", "rotate"]
+__all__ = ["Block", "LayerAttend", "Linear", "RMSNorm", "Rope", "rope_frequencies", "rotate"]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q_BTKGH, k_BTKH, v_BTKH) -> out_BTKGH
+LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # the same for a layer of a model
 Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
 
 

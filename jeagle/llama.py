@@ -6,6 +6,7 @@ without a mask and each other through ``suffix_mask``. It returns the new keys a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import LlamaConfig
-from jeagle.layers import Block, RMSNorm, rope_angles
+from jeagle.layers import Block, LayerAttend, RMSNorm, rope_angles
 
 __all__ = ["Forward", "Llama"]
 
@@ -61,6 +62,17 @@ class Llama(nnx.Module):
           taps: blocks whose *input* residual stream is a feature for the EAGLE head; L taps the last block's output.
           attention: implementation name, see ``jeagle.attention``.
         """
+
+        def attend_cached(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
+
+        return self.run(token_BT, position_BT, attend_cached, taps=taps)
+
+    def run(
+        self, token_BT: jax.Array, position_BT: jax.Array, attend: LayerAttend, *, taps: tuple[int, ...] = ()
+    ) -> Forward:
+        """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
+        training."""
         x_BTD = self.embed[...][token_BT]
         rope = rope_angles(self.config, position_BT)
         tapped: dict[int, jax.Array] = {}
@@ -68,11 +80,7 @@ class Llama(nnx.Module):
         for i, block in enumerate(self.blocks):
             if i in taps:
                 tapped[i] = x_BTD
-
-            def attend_layer(q, k, v, layer=i):
-                return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
-
-            x_BTD, kv = block(x_BTD, rope, attend_layer)
+            x_BTD, kv = block(x_BTD, rope, partial(attend, i))
             new_kv.append(kv)
         tapped[len(self.blocks)] = x_BTD
         hidden_BTD = self.norm(x_BTD)
