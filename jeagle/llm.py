@@ -90,12 +90,12 @@ class LLM:
         cache = Path(cache_dir or os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
         _keep_compiled_programs(cache / "xla")
 
-        self._tokenizer_dir: Path | None = None
+        self._checkpoint: Path | None = None
         if not isinstance(model, Llama):
-            self._tokenizer_dir = locate(model, cache, kind="llama")
-            model = load_llama(self._tokenizer_dir, dtype=dtype)
+            self._checkpoint = locate(model, cache, kind="llama")
+            model = load_llama(self._checkpoint, dtype=dtype)
         if draft is not None and not isinstance(draft, EagleHead):
-            draft = load_eagle(locate(draft, cache, kind="eagle", target=self._tokenizer_dir), dtype=dtype)
+            draft = load_eagle(locate(draft, cache, kind="eagle", target=self._checkpoint), dtype=dtype)
         self.config = model.config
         limit = self.config.max_position
         if max_model_len is not None:
@@ -113,21 +113,30 @@ class LLM:
         self._tokenizer: Any = None
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The target's converted directory; None for one given as a module."""
+        return self._checkpoint
+
+    @property
+    def max_batch_size(self) -> int:
+        return self._max_batch_size
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether strings can be given and are returned; else prompts are token ids and texts empty."""
         names = ("tokenizer.json", "tokenizer.model")
-        return self._tokenizer_dir is not None and any((self._tokenizer_dir / name).exists() for name in names)
+        return self._checkpoint is not None and any((self._checkpoint / name).exists() for name in names)
 
     @property
     def tokenizer(self):
         """The checkpoint's transformers tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            if not self.has_tokenizer or self._tokenizer_dir is None:
-                where = self._tokenizer_dir or "a model given as a module"
+            if not self.has_tokenizer or self._checkpoint is None:
+                where = self._checkpoint or "a model given as a module"
                 raise ValueError(
                     f"{where} has no tokenizer: give prompts as lists of token ids, or add tokenizer files"
                 )
-            self._tokenizer = load_tokenizer(self._tokenizer_dir)
+            self._tokenizer = load_tokenizer(self._checkpoint)
         return self._tokenizer
 
     @property
@@ -222,7 +231,7 @@ class LLM:
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins to speak."""
         if not self.tokenizer.chat_template:
-            raise ValueError(f"{self._tokenizer_dir} has no chat template; use generate() with a formatted prompt")
+            raise ValueError(f"{self._checkpoint} has no chat template; use generate() with a formatted prompt")
         if not is_conversation(messages):
             raise ValueError(f'a conversation is a list of {{"role": ..., "content": ...}} messages, got {messages!r}')
         return encode_chat(self.tokenizer, list(messages))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Detokenizer", "Tokenizer", "encode", "encode_chat", "load_tokenizer"]
+__all__ = ["Detokenizer", "Tokenizer", "encode", "encode_chat", "load_tokenizer", "vocabulary_hash"]
 
 
 class Tokenizer(Protocol):
@@ -37,6 +39,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     except Exception as error:  # of any type: JSON, KeyError, Rust
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"cannot load the tokenizer in {directory} ({type(error).__name__}: {reason})") from error
+
+
+def vocabulary_hash(directory: Path) -> str | None:
+    """SHA-256 of which id means what in ``directory``'s tokenizer.json; None where that cannot be read.
+
+    Of the vocabulary and not of the file: versions of the tokenizers library write the same tokenizer differently.
+    """
+    try:
+        data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = data["model"]["vocab"]
+        if not isinstance(vocabulary, dict):  # Unigram: a list of (token, score)
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        vocabulary = vocabulary | {added["content"]: added["id"] for added in data.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, text: str, **kwargs) -> list[int]:

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start processes; tokenizers warn about forks
 
 import hypothesis
+import jax
 import pytest
 
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
@@ -19,6 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Conversions and compiled programs that LLM keeps: not in the user's own cache, but warm for the next local run.
 os.environ.setdefault("JEAGLE_CACHE", str(ROOT / ".pytest_cache" / "jeagle"))
+
+# Many tests compile the same program: the second one reads it. (LLM would set the same directory.)
+jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["JEAGLE_CACHE"]) / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Compiling takes seconds at its first use, so neither a deadline nor "too slow" says anything about an example.
 hypothesis.settings.register_profile(

@@ -1,0 +1,129 @@
+"""From a recipe to a trainer that is ready to run: target, tokenizer, documents, vocabulary and head put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jeagle.checkpoint import load_eagle, load_llama
+from jeagle.decoder import check_pair
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.locate import locate
+from jeagle.text import load_tokenizer, vocabulary_hash
+from jeagle.training.documents import DataError, Document, fingerprint, read_documents
+from jeagle.training.initial import new_head
+from jeagle.training.packing import Rows, pack
+from jeagle.training.recipe import Recipe, RecipeError
+from jeagle.training.trainer import Trainer
+from jeagle.training.vocabulary import choose_vocabulary, coverage
+
+__all__ = ["Run", "prepare"]
+
+
+class Run(NamedTuple):
+    trainer: Trainer
+    source: dict[str, Any]  # where the finished head comes from, for its source.json
+    summary: str  # one line for the user
+
+
+def prepare(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    devices: list[jax.Device] | None = None,
+    on_report: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> Run:
+    """Load what the recipe names, check that it fits together, and resume ``directory`` if it holds this run.
+
+    Raises RecipeError, DataError, CheckpointError, ConversionError or TrainingError, each in one sentence.
+    """
+    cache = Path(os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+    target_dir = locate(recipe.target, cache, kind="llama")
+    target = load_llama(target_dir, dtype=recipe.run.dtype)
+    tokenizer = load_tokenizer(target_dir)
+    config = target.config
+    if not config.eos_token_ids:
+        raise DataError(f"{target_dir / 'config.json'} names no eos_token_ids, so no answer can end; convert it again")
+    documents = read_documents(
+        recipe.data.files, tokenizer, vocab_size=config.vocab_size, end_of_turn=config.eos_token_ids[0]
+    )
+    learnt, measured = _hold_out(documents, recipe.data.held_out, recipe.run.seed)
+    options: Any = dict(long_documents=recipe.data.long_documents)
+    rows = pack(learnt, recipe.data.pack_length, **options)
+    held_out = pack(measured, recipe.data.pack_length, **options) if measured else _no_rows(rows)
+    head = _head(recipe, target, learnt, rows, cache, target_dir)
+
+    vocabulary = vocabulary_hash(target_dir)
+    identity = {"documents": fingerprint(documents), "vocabulary": vocabulary}
+    trainer = Trainer(
+        recipe, directory, target, head, rows, held_out, identity=identity, devices=devices, on_report=on_report
+    )
+    source = {"source": f"trained by jeagle for {recipe.target}", "target_vocabulary": vocabulary}
+    tokens = sum(map(len, learnt))
+    filled = float((rows.segment_BT > 0).mean())
+    inside = 1.0 if head.draft_to_target is None else _covered(head, learnt, config.vocab_size)
+    weights = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    summary = (
+        f"{len(learnt)} documents, {tokens} tokens, {len(rows.token_BT)} rows of {recipe.data.pack_length} "
+        f"({filled:.0%} filled); {len(measured)} documents held out; {weights / 1e6:.1f}M weights, draft vocabulary "
+        f"{head.config.draft_vocab_size} ({inside:.1%} of the answers' tokens)"
+    )
+    return Run(trainer, source, summary)
+
+
+def _head(
+    recipe: Recipe, target: Llama, documents: list[Document], rows: Rows, cache: Path, target_dir: Path
+) -> EagleHead:
+    """A new head, or the one to go on from."""
+    start = recipe.head.start
+    if start in ("target", "random"):
+        config = recipe.head.config(target.config)
+        ids = None
+        if config.reduced_vocabulary:
+            chosen = choose_vocabulary(
+                documents,
+                vocab_size=config.vocab_size,
+                size=config.draft_vocab_size,
+                always=target.config.eos_token_ids,
+            )
+            ids = jnp.asarray(chosen)
+        sample = Rows(*(x[:2] for x in rows)) if start == "target" else None
+        return new_head(config, target, ids, seed=recipe.run.seed, sample=sample)
+    head = load_eagle(locate(start, cache, kind="eagle", target=target_dir), dtype="float32")
+    check_pair(target, head)
+    wanted = recipe.head.draft_vocab_size
+    if wanted not in (None, head.config.draft_vocab_size):
+        raise RecipeError(
+            f"head.draft_vocab_size is {wanted}, but {start} has {head.config.draft_vocab_size}; leave the field out "
+            "to go on from a head"
+        )
+    return head
+
+
+def _hold_out(documents: list[Document], number: int, seed: int) -> tuple[list[Document], list[Document]]:
+    """(learnt, measured): a random choice that depends on the seed alone; order is kept."""
+    if number >= len(documents):
+        raise DataError(
+            f"data.held_out is {number}, but there are only {len(documents)} documents; lower it or give more data"
+        )
+    chosen = set(np.random.default_rng(seed).choice(len(documents), number, replace=False).tolist())
+    return (
+        [d for i, d in enumerate(documents) if i not in chosen],
+        [d for i, d in enumerate(documents) if i in chosen],
+    )
+
+
+def _covered(head: EagleHead, documents: list[Document], vocab_size: int) -> float:
+    assert head.draft_to_target is not None
+    return coverage(documents, np.asarray(head.draft_to_target[...]), vocab_size=vocab_size)
+
+
+def _no_rows(like: Rows) -> Rows:
+    return Rows(*(x[:0] for x in like))

@@ -1,0 +1,287 @@
+"""The training loop: loads, steps, measures, saves, resumes.
+
+A run directory holds::
+
+    run.json        the recipe and fingerprints of data and tokenizer: what a resumed run must agree with
+    checkpoints/    Orbax: weights, optimizer state and step, the newest few
+    metrics.jsonl   a line per step and per evaluation
+    head/           the finished head, a checkpoint like any other
+
+A run that was killed goes on from its newest checkpoint with the batches it would have seen: in float32 its losses
+are those of a run that was never stopped, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jeagle.checkpoint_writer import CheckpointWriter
+from jeagle.config import EagleConfig
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.training.packing import Loader, Rows
+from jeagle.training.recipe import OptimizerRecipe, Recipe
+from jeagle.training.step import Trainable, TrainState, data_mesh, make_evaluation, make_step
+from jeagle.training.unroll import Measures
+
+__all__ = ["Trainer", "TrainingError", "make_optimizer", "save_head"]
+
+# What may differ when a run goes on: how long it is and how often it looks up. The schedule follows the new length.
+RESUMABLE = ("steps", "save_every", "evaluate_every", "keep")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, said in one sentence that names the step and what is safe."""
+
+
+class Trainer:
+    """One run of a recipe.
+
+    Args:
+      target: the frozen target, in the recipe's compute dtype. head: where to start; its weights become the state's.
+      rows: packed training rows. held_out: packed rows that are only measured (may have none).
+      identity: what else a resumed run must agree with (data, tokenizer), by name.
+      on_report: called with every line of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: str | Path,
+        target: Llama,
+        head: EagleHead,
+        rows: Rows,
+        held_out: Rows,
+        *,
+        identity: dict[str, Any],
+        devices: list[jax.Device] | None = None,
+        on_report: Callable[[dict[str, Any]], None] = lambda line: None,
+    ):
+        run = recipe.run
+        self.recipe, self.directory = recipe, Path(directory).absolute()
+        self.head_config = head.config
+        self.on_report = on_report
+        self.mesh = data_mesh(devices)
+        if run.rows % self.mesh.size:
+            raise TrainingError(
+                f"run.rows ({run.rows}) must be a multiple of the number of devices ({self.mesh.size}); change it, or "
+                "train on fewer devices"
+            )
+        self.loader = Loader(rows, (run.updates, run.accumulate, run.rows), seed=run.seed)
+        self.held_out = held_out
+        dtype = jnp.dtype(run.dtype)
+        objective = recipe.objective.objective()
+        optimizer = make_optimizer(recipe.optimizer, run.total_updates)
+        self.parts, params = Trainable.split(target, head)
+        self._step = make_step(
+            self.parts, optimizer, objective, echo=run.echo, seed=run.seed, mesh=self.mesh, dtype=dtype
+        )
+        self._evaluate = make_evaluation(self.parts, objective, mesh=self.mesh, dtype=dtype)
+        replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        self.state = jax.device_put(TrainState(params, optimizer.init(params), jnp.int32(0)), replicated)
+        with _full_disk_explained(self.directory, 0):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._agree({"recipe": recipe.to_json(), **identity})
+            self._manager = ocp.CheckpointManager(
+                self.directory / "checkpoints",
+                options=ocp.CheckpointManagerOptions(max_to_keep=run.keep, enable_async_checkpointing=False),
+            )
+        self.saved = self._manager.latest_step() or 0
+        if self.saved:
+            self.state = self._restore(self.saved)
+        self._cut_metrics(self.saved)
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def train(self, until: int | None = None) -> None:
+        """Run to the recipe's last step, or to ``until``. Saves at the end of either."""
+        run = self.recipe.run
+        last = run.steps if until is None else min(until, run.steps)
+        begin = self.step
+        for step in range(begin, last):
+            began = time.perf_counter()
+            rows = self.loader[step]
+            self.state, report = self._step(self.state, rows)
+            report = jax.device_get(report)
+            seconds = time.perf_counter() - began
+            self._check_finite(step, report)
+            tokens = int((rows.segment_BT > 0).sum())
+            self._write(
+                {
+                    "step": step + 1,
+                    "epoch": round((step + 1) / self.loader.steps_per_epoch, 4),
+                    "loss": float(np.mean(report["loss"])),
+                    **Measures(*report["measures"]).means(),
+                    "grad_norm": float(report["grad_norm"]),
+                    "tokens": tokens,
+                    "seconds": round(seconds, 3),
+                }
+            )
+            done = step + 1
+            if done % run.evaluate_every == 0 or done == last:
+                self._write({"step": done, "held_out": self.evaluate()})
+            if done % run.save_every == 0 or done == last:
+                self.save()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Means over the held-out rows; {} when there are none."""
+        R = self.recipe.run.rows
+        total: Measures | None = None
+        for start in range(0, len(self.held_out.token_BT), R):
+            part = Rows(*(_padded(x[start : start + R], R) for x in self.held_out))
+            measures = jax.device_get(self._evaluate(self.state.params, part))
+            total = measures if total is None else jax.tree.map(np.add, total, measures)
+        return {} if total is None else total.means()
+
+    def save(self) -> None:
+        """A checkpoint of this step, complete or not there at all."""
+        step = self.step
+        if step == self.saved:
+            return
+        with _full_disk_explained(self.directory, self.saved):
+            self._manager.save(step, args=ocp.args.StandardSave(_as_dict(self.state)))
+            self._manager.wait_until_finished()
+        self.saved = step
+
+    def export(self, destination: str | Path, *, source: dict[str, Any]) -> Path:
+        """Write the head as a checkpoint that ``LLM`` and ``load_eagle`` read."""
+        head = self.parts.head(self.state.params, self.parts.head_tables, jnp.dtype("float32"))
+        return save_head(head, destination, dtype=self.recipe.run.save_dtype, source=source)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _restore(self, step: int) -> TrainState:
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(self.state))
+        return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
+
+    def _agree(self, identity: dict[str, Any]) -> None:
+        """Refuse to go on with a directory that another run made."""
+        path = self.directory / "run.json"
+        identity = json.loads(json.dumps(identity))
+        if path.exists():
+            old, new = json.loads(path.read_text()), json.loads(json.dumps(identity))
+            for run in (old, new):
+                for name in RESUMABLE:
+                    run["recipe"]["run"].pop(name, None)
+            difference = _difference(old, new)
+            if difference:
+                raise TrainingError(
+                    f"{self.directory} holds a run with another {difference}; train into another directory, or remove "
+                    "this one"
+                )
+        _replace(path, json.dumps(identity, indent=1) + "\n")
+
+    def _check_finite(self, step: int, report: dict[str, Any]) -> None:
+        bad = ~np.isfinite(report["loss"])
+        if bad.any() or not math.isfinite(report["grad_norm"]):
+            safe = f"the checkpoint of step {self.saved} is good" if self.saved else "nothing was saved yet"
+            raise TrainingError(
+                f"step {step + 1}: the loss is {report['loss'][np.argmax(bad)]}, the gradient norm "
+                f"{report['grad_norm']}; {safe}: lower optimizer.learning_rate or optimizer.clip and run again"
+            )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with _full_disk_explained(self.directory, self.saved), (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.on_report(line)
+
+    def _cut_metrics(self, step: int) -> None:
+        """Lines of steps that were run but not saved will be written again."""
+        path = self.directory / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may tear the last
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            _replace(path, "".join(line + "\n" for line in kept))
+
+
+def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.GradientTransformation:
+    """AdamW under a global-norm clip, linear warm-up and cosine decay; norms and biases are not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=recipe.learning_rate,
+        warmup_steps=int(recipe.warmup * total_updates),
+        decay_steps=total_updates,
+        end_value=recipe.learning_rate * recipe.final,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.adamw(
+            schedule,
+            b1=recipe.b1,
+            b2=recipe.b2,
+            weight_decay=recipe.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+def save_head(head: EagleHead, destination: str | Path, *, dtype: str, source: dict[str, Any]) -> Path:
+    """Write a head's weights in ``dtype`` and its tables as they are; ``source`` says where it comes from."""
+    config: EagleConfig = head.config
+    state = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(head))}
+    with CheckpointWriter(destination) as writer:
+        for path, value in state.items():
+            integer = jnp.issubdtype(value.dtype, jnp.integer)
+            writer.add(path, np.asarray(value), None if integer else jnp.dtype(dtype))
+        return writer.finish(config, {"family": "eagle", "dtype": dtype, **source})
+
+
+class _full_disk_explained:
+    """Any OSError (and Orbax's ValueErrors that quote one) as one sentence that says what is safe."""
+
+    def __init__(self, directory: Path, saved: int):
+        self.directory, self.saved = directory, saved
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        text = f"{error}"
+        if isinstance(error, OSError) or (isinstance(error, ValueError) and os.strerror(28) in text):
+            safe = f"the checkpoint of step {self.saved} is good" if self.saved else "no checkpoint was made yet"
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else text.splitlines()[0]
+            raise TrainingError(
+                f"cannot write in {self.directory}: {reason}; {safe}: make room and run again"
+            ) from error
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
+
+def _difference(old: Any, new: Any, name: str = "") -> str | None:
+    """The dotted name of the first field that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = _difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if old == new else name
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)

@@ -1,0 +1,279 @@
+"""Teacher and student on packed rows.
+
+The teacher is the frozen target, run once over the rows. The student is the head, unrolled as decoding will run it
+(EAGLE-3's training-time test, arXiv:2503.01840): step 0 reads the target's features, step k its own output of step k-1.
+At row index i, step k stands for the draft of depth k+1 made when position i was the last one the target had verified:
+
+    input     the token at i+1+k, and the feature: the target's at i (k = 0), else what step k-1 put out at i
+    position  i+k
+    sees      step 0's keys up to i, and of steps 1..k its own column i alone (those are its ancestors in the draft)
+    predicts  the token at i+2+k, so it is held against the target's distribution at i+1+k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jeagle.eagle import EagleHead
+from jeagle.layers import LayerAttend
+from jeagle.llama import Llama
+from jeagle.training.losses import acceptance, lump, smooth_l1
+from jeagle.training.packing import Rows
+
+__all__ = ["Measures", "Objective", "Teacher", "learn", "num_learnt", "packed_attention", "teach", "unroll"]
+
+CHUNK = 2048  # positions whose target logits are alive at once
+
+
+class Teacher(NamedTuple):
+    """What the head learns from, per packed position. No logits: they are made again from ``hidden`` where needed,
+    over the draft vocabulary only (a V-wide array per position would be the largest thing in memory)."""
+
+    feature_BTX: jax.Array
+    hidden_BTD: jax.Array
+    lse_BT: jax.Array  # log-sum-exp of the target's logits over its whole vocabulary
+    best_BT: jax.Array  # its argmax
+    top_p_BTk: jax.Array | None  # with top_k: probabilities of the k likeliest ids of the draft vocabulary ..
+    top_id_BTk: jax.Array | None  # .. and which they are (draft ids)
+    covered_BT: jax.Array | None  # .. and the probability of the whole draft vocabulary
+
+
+class Objective(NamedTuple):
+    """What is minimised; static."""
+
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    depth: int  # K: how many steps the head is unrolled
+    decay: float = 0.8  # step k weighs decay^k
+    reach: float = 0.0  # and (chance that all earlier drafts are accepted)^reach, detached; after arXiv:2605.18810
+    token_weight: float = 1.0
+    feature_weight: float = 0.0  # of smooth-L1 against the target's hidden states (EAGLE-1: 1.0, with token_weight 0.1)
+    top_k: int | None = None  # hold the head against the target's k likeliest ids and one class for the rest
+    feature_noise: float = 0.0  # half-width of uniform noise on the target's features
+    remat: bool = False  # make each step's logits again in the backward pass instead of keeping them
+
+
+class Measures(NamedTuple):
+    """Sums over positions, [K] each, by depth: divide by ``num``, the chain's by ``chain_num``."""
+
+    loss: jax.Array
+    num: jax.Array
+    alpha: jax.Array  # expected acceptance of a sampled draft: sum min(p, q)
+    match: jax.Array  # the head's best token is the target's best
+    chain_alpha: jax.Array  # product of alpha over this and all earlier depths
+    chain_match: jax.Array  # this and all earlier depths match
+    chain_num: jax.Array  # positions with K drafts to judge
+
+    def means(self) -> dict[str, Any]:
+        """What to report: per-depth means, and the tokens per call that a chain of K would reach.
+
+        ``tau_greedy`` and ``tau_sampled`` add up the chance that the first 1, 2, .. K drafts all survive, and the bonus
+        token: an estimate from every position of the text, where decoding starts its rounds after a rejection.
+        """
+        m = {name: np.asarray(x, np.float64) for name, x in self._asdict().items()}
+        num, chains = np.maximum(m["num"], 1), np.maximum(m["chain_num"], 1)
+        return {
+            "loss_by_depth": (m["loss"] / num).tolist(),
+            "alpha": (m["alpha"] / num).tolist(),
+            "match": (m["match"] / num).tolist(),
+            "tau_greedy": 1 + float(np.sum(m["chain_match"] / chains)),
+            "tau_sampled": 1 + float(np.sum(m["chain_alpha"] / chains)),
+        }
+
+
+def teach(target: Llama, head: EagleHead, rows: Rows, top_k: int | None = None) -> Teacher:
+    """Run the frozen target over packed rows: tokens [B, T] -> ``Teacher``."""
+    forward = target.run(rows.token_BT, rows.position_BT, packed_attention(rows), taps=head.config.taps)
+
+    def read(hidden_D: jax.Array):
+        logits_V = target.logits(hidden_D)
+        lse = jax.nn.logsumexp(logits_V)
+        summary = lse, jnp.argmax(logits_V).astype(jnp.int32)
+        if top_k is None:
+            return summary
+        p_W = jnp.exp(_draft_columns(head, logits_V) - lse)
+        return *summary, *jax.lax.top_k(p_W, top_k), jnp.sum(p_W)
+
+    flat = forward.hidden_BTD.reshape(-1, forward.hidden_BTD.shape[-1])
+    read_flat = jax.lax.map(read, flat, batch_size=CHUNK)
+    lse, best, *top = (x.reshape(*rows.token_BT.shape, *x.shape[1:]) for x in read_flat)
+    top_p, top_id, covered = top or (None, None, None)
+    return Teacher(forward.feature_BTX, forward.hidden_BTD, lse, best, top_p, top_id, covered)
+
+
+def packed_attention(rows: Rows) -> LayerAttend:
+    """Causal attention inside each document of packed rows, by JAX's own (cuDNN's where that serves)."""
+    mask_B1TT = _document_mask(rows)[:, None]
+
+    def attend(layer: int, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        B, T, K, G, H = q_BTKGH.shape
+        out = jax.nn.dot_product_attention(q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=mask_B1TT)
+        return out.reshape(q_BTKGH.shape)
+
+    return attend
+
+
+def num_learnt(rows: Rows, depth: int) -> jax.Array:
+    """How many positions of the rows each step learns from, [K] float32."""
+    return jnp.stack([jnp.sum(_learnt(rows, k), dtype=jnp.float32) for k in range(depth)])
+
+
+def unroll(head: EagleHead, target: Llama, rows: Rows, feature_BTX: jax.Array, depth: int):
+    """Yields (feature_BTD, hidden_BTD) of each step: what it would feed to the next, and what the LM head reads."""
+    mask_BTT = _document_mask(rows)
+    feature_BTD = head.fuse(feature_BTX)
+    seen: list[list[tuple[jax.Array, jax.Array]]] = [[] for _ in head.blocks]
+
+    def attend(layer: int, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        seen[layer].append((k_BTKH, v_BTKH))
+        return _attend_unrolled(q_BTKGH, seen[layer], mask_BTT)
+
+    for k in range(depth):
+        token_BT = _shift(rows.token_BT, k + 1)
+        step = head.run(token_BT, feature_BTD, rows.position_BT + k, attend, target=target)
+        feature_BTD = step.feature_BTD
+        yield feature_BTD, step.hidden_BTD
+
+
+def learn(
+    head: EagleHead, target: Llama, rows: Rows, teacher: Teacher, count_K: jax.Array, objective: Objective, key=None
+) -> tuple[jax.Array, Measures]:
+    """The loss of packed rows, and what to report.
+
+    Args:
+      count_K: positions that each step's sums are divided by: ``num_learnt`` of everything that makes one update, so
+        that the gradients of its micro-batches (and devices) add up to that of the whole.
+      key: for the feature noise; None leaves it out (evaluation).
+    """
+    o = objective
+    feature_BTX = teacher.feature_BTX
+    if key is not None and o.feature_noise:
+        noise = jax.random.uniform(key, feature_BTX.shape, minval=-o.feature_noise, maxval=o.feature_noise)
+        feature_BTX = feature_BTX + noise.astype(feature_BTX.dtype)
+    p_BTW = None if teacher.top_p_BTk is not None else _target_probabilities(head, target, teacher)
+    compare: Callable = partial(_compare, head, target, teacher, p_BTW, objective)
+    if o.remat:
+        compare = jax.checkpoint(compare, static_argnums=(2,))
+
+    loss = jnp.float32(0)
+    reach_BT = jnp.ones(rows.token_BT.shape, jnp.float32)
+    everywhere_BT = _learnt(rows, o.depth - 1)  # where the whole chain can be judged
+    for k in range(o.depth):
+        everywhere_BT &= _learnt(rows, k)
+    chain_alpha_BT = chain_match_BT = everywhere_BT.astype(jnp.float32)
+    total_weight = sum(o.decay**k for k in range(o.depth))
+    sums = []
+    for k, (feature_BTD, hidden_BTD) in enumerate(unroll(head, target, rows, feature_BTX, o.depth)):
+        learnt_BT = _learnt(rows, k)
+        error_BT, alpha_BT, match_BT, inside_BT = compare(hidden_BTD, feature_BTD, k)
+        weight_BT = learnt_BT * inside_BT * reach_BT
+        # where, not times: what stands in padding may be anything, and 0 * inf is NaN.
+        step_loss = jnp.sum(jnp.where(weight_BT > 0, error_BT * weight_BT, 0.0))
+        loss += o.decay**k / total_weight * step_loss / jnp.maximum(count_K[k], 1.0)
+        if o.reach:
+            reach_BT = reach_BT * jax.lax.stop_gradient(jnp.maximum(alpha_BT, 1e-3)) ** o.reach
+        chain_alpha_BT, chain_match_BT = chain_alpha_BT * alpha_BT, chain_match_BT * match_BT
+        sums.append(
+            [
+                step_loss,
+                jnp.sum(learnt_BT),
+                jnp.sum(jnp.where(learnt_BT, alpha_BT, 0.0)),
+                jnp.sum(learnt_BT & match_BT),
+                jnp.sum(chain_alpha_BT),
+                jnp.sum(chain_match_BT),
+                jnp.sum(everywhere_BT),
+            ]
+        )
+    return loss, Measures(*(jnp.stack([x.astype(jnp.float32) for x in column]) for column in zip(*sums, strict=True)))
+
+
+def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, feature_BTD, k: int):
+    """Step k against the target: (error, alpha, match, inside), [B, T] each, where the last k+1 columns mean nothing.
+
+    ``inside`` is False where the target's best token lies outside the draft vocabulary: there the reference learns
+    nothing, as the renormalised target says nothing about what the head should do.
+    """
+    T = hidden_BTD.shape[1]
+    ahead = slice(k + 1, None)
+    logits_BTW = head.logits(hidden_BTD[:, : T - k - 1], target)
+    log_q = jax.nn.log_softmax(logits_BTW, axis=-1)
+    draft_best = jnp.argmax(logits_BTW, axis=-1)
+    if p_BTW is not None:
+        p = p_BTW[:, ahead]
+        token_error, alpha = o.loss(p, log_q), acceptance(p, log_q)
+    else:
+        assert teacher.top_p_BTk is not None and teacher.top_id_BTk is not None and teacher.covered_BT is not None
+        top_p, covered = teacher.top_p_BTk[:, ahead], teacher.covered_BT[:, ahead]
+        rest = jnp.maximum(covered - jnp.sum(top_p, axis=-1), 0.0)
+        p = jnp.concatenate([top_p, rest[..., None]], axis=-1)
+        log_q = lump(log_q, teacher.top_id_BTk[:, ahead])
+        token_error, alpha = o.loss(p, log_q), acceptance(p, log_q)
+    error = o.token_weight * token_error
+    if o.feature_weight:
+        error += o.feature_weight * smooth_l1(feature_BTD[:, : T - k - 1], teacher.hidden_BTD[:, ahead])
+    best = teacher.best_BT[:, ahead]
+    if head.draft_to_target is None:
+        inside = jnp.ones(best.shape, bool)
+    else:
+        id_W = head.draft_to_target[...]
+        draft_best = id_W[draft_best]
+        inside = jnp.zeros(head.config.vocab_size, bool).at[id_W].set(True)[best]
+    back = partial(jnp.pad, pad_width=((0, 0), (0, k + 1)))
+    return back(error), back(alpha), back(draft_best == best), back(inside)
+
+
+def _target_probabilities(head: EagleHead, target: Llama, teacher: Teacher) -> jax.Array:
+    """The target's true probabilities of the draft vocabulary, [B, T, W] float32."""
+    if head.draft_to_target is None:
+        logits_BTW = target.logits(teacher.hidden_BTD)
+    else:  # only those columns of the LM head are multiplied
+        id_W = head.draft_to_target[...]
+        columns = target.embed[...][id_W].T if target.lm_head is None else target.lm_head[...][:, id_W]
+        logits_BTW = jnp.matmul(teacher.hidden_BTD, columns, preferred_element_type=jnp.float32)
+    return jax.lax.stop_gradient(jnp.exp(logits_BTW - teacher.lse_BT[..., None]))
+
+
+def _draft_columns(head: EagleHead, logits: jax.Array) -> jax.Array:
+    return logits if head.draft_to_target is None else logits[..., head.draft_to_target[...]]
+
+
+def _learnt(rows: Rows, k: int) -> jax.Array:
+    """Where step k has a target to learn from: i and i+1+k lie in one document, and an answer's token follows i+1+k."""
+    same_BT = (_shift(rows.segment_BT, k + 1) == rows.segment_BT) & (rows.segment_BT > 0)
+    return same_BT & _shift(rows.learn_BT, k + 1)
+
+
+def _shift(x_BT: jax.Array, by: int) -> jax.Array:
+    """x[:, i] becomes x[:, i + by]; zeros come in at the end."""
+    return jnp.pad(x_BT[:, by:], ((0, 0), (0, by)))
+
+
+def _document_mask(rows: Rows) -> jax.Array:
+    """bool [B, T, T]: query t sees key u <= t of its own document. Padding (segment 0) sees padding: no empty rows."""
+    T = rows.token_BT.shape[1]
+    return (rows.segment_BT[:, :, None] == rows.segment_BT[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
+
+
+def _attend_unrolled(q_BTKGH: jax.Array, steps: list[tuple[jax.Array, jax.Array]], mask_BTT: jax.Array) -> jax.Array:
+    """Attention of the newest step: step 0's keys under ``mask_BTT``, and column i alone of every later step.
+
+    One softmax over T + len(steps) - 1 keys. The later steps' keys are a diagonal, so they cost one dot product each
+    instead of another T x T.
+    """
+    k_BTKH, v_BTKH = steps[0]
+    q_BTKGH = q_BTKGH * jnp.asarray(q_BTKGH.shape[-1] ** -0.5, q_BTKGH.dtype)
+    wide = dict(preferred_element_type=jnp.float32)
+    score_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, **wide)
+    score_BKGTS = jnp.where(mask_BTT[:, None, None], score_BKGTS, -jnp.inf)
+    own = [jnp.einsum("BTKGH,BTKH->BKGT", q_BTKGH, k, **wide)[..., None] for k, _ in steps[1:]]
+    T = mask_BTT.shape[-1]
+    weight = jax.nn.softmax(jnp.concatenate([score_BKGTS, *own], axis=-1), axis=-1).astype(v_BTKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weight[..., :T], v_BTKH)
+    for j, (_, v) in enumerate(steps[1:]):
+        out += jnp.einsum("BKGT,BTKH->BTKGH", weight[..., T + j], v)
+    return out

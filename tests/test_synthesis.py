@@ -1,0 +1,480 @@
+"""Self-synthesis: what is written, what is dropped, that a killed run ends as one that was not, and what it refuses.
+
+The target is the reciter of ``reciter.py``: greedy, it answers everything with ``TEXT``; at temperature 1 one token in
+twelve is another one, so that its user turns differ. The committed training data is tested against the questions that
+are for measuring only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_tokenizer
+from checkpoints import small_disk  # noqa: F401
+from reciter import RECITED, TEXT, reciting_pair, save
+from tiny_tokenizer import BOS, EOS, SPECIALS, VOCAB_SIZE
+
+from jeagle import LLM, SamplingParams
+from jeagle.text import encode
+from jeagle.training.documents import DataError, read_documents, read_json_lines
+from jeagle.training.overlap import overlapping, read_evaluation_prompts
+from jeagle.training.shards import MANIFEST
+from jeagle.training.synthesis import Settings, synthesize
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = sorted((ROOT / "scripts" / "prompts").glob("*.jsonl"))
+TRAINING_DATA = sorted((ROOT / "scripts" / "data").glob("*.jsonl.gz"))
+SMALL = dict(documents=10, shard_size=4, seed=5, max_user_tokens=70, max_answer_tokens=40)
+USER, ASSISTANT, END = (SPECIALS.index(f"<|{name}|>") for name in ("user", "assistant", "end"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("synthesis")
+    target, head = reciting_pair()
+    return save(target, directory / "reciter", tiny_tokenizer.tokenizer_files()), save(head, directory / "head")
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints) -> LLM:
+    return LLM(*checkpoints, tree="chain-2", max_batch_size=4, prefill_chunk=64)
+
+
+@pytest.fixture(scope="module")
+def whole(llm, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    run(llm, out)
+    return out
+
+
+def run(llm: LLM, out: Path, *, prompts=None, texts=None, exclude=(), head="head", **settings) -> dict:
+    return synthesize(
+        llm,
+        out,
+        Settings(**(SMALL | settings)),
+        prompts=prompts,
+        texts=texts,
+        exclude=exclude,
+        head=head,
+        use_tqdm=False,
+    )
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [record for file in sorted(out.glob("shard-*.jsonl.gz")) for _, record in read_json_lines(file)]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def conversation(*turns: str) -> dict:
+    return {"messages": [{"role": "user", "content": turn} for turn in turns]}
+
+
+# what the target asks itself
+
+
+def test_lines_are_what_the_target_saw_and_wrote(llm, whole):
+    records = lines_of(whole)
+    assert len(records) == SMALL["documents"]
+    for record in records:
+        asked, answer = record["messages"]
+        assert (asked["role"], answer["role"]) == ("user", "assistant")
+        prompt = llm.apply_chat_template([asked])
+        params = SamplingParams(
+            max_tokens=40, temperature=record["temperature"], top_p=record["top_p"], seed=record["seed"]
+        )
+        said = llm.generate(prompt, params, speculative=False, use_tqdm=False)[0].outputs[0]
+        assert record["token_ids"] == prompt + said.token_ids
+        assert record["response"] == [[len(prompt), len(record["token_ids"])]]
+        assert (answer["content"], record["finish"]) == (said.text, said.finish_reason)
+        assert record["finish"] == "length" or record["token_ids"][-1] == EOS
+        assert record["temperature"] == (0.0, 0.7, 1.0)[record["index"] % 3]
+    assert {record["finish"] for record in records} == {"stop", "length"}
+    assert len({record["messages"][0]["content"].casefold()[:80] for record in records}) == len(records)
+    assert len({record["seed"] for record in records}) == len(records)
+
+
+def test_manifest(llm, whole):
+    manifest = json.loads((whole / MANIFEST).read_bytes())
+    records = lines_of(whole)
+    assert [shard["documents"] for shard in manifest["shards"]] == [4, 4, 2]
+    for shard in manifest["shards"]:
+        data = (whole / shard["file"]).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+        inside = [json.loads(line) for line in gzip.decompress(data).splitlines()]
+        assert shard["first_index"] <= inside[0]["index"] < shard["next_index"]
+        assert shard["next_index"] - shard["first_index"] == shard["documents"] + sum(shard["dropped"].values())
+        assert shard["tokens"] == sum(len(record["token_ids"]) for record in inside)
+    assert manifest["tokens"] == sum(len(record["token_ids"]) for record in records)
+    assert manifest["response_tokens"] == sum(b - a for record in records for a, b in record["response"])
+    assert manifest["target"]["name"] == "reciter" and manifest["head"] == "head"
+    assert {"config.json", "source.json", "tokenizer.json"} <= {f["file"] for f in manifest["target"]["files"]}
+    assert manifest["settings"]["seed"] == 5 and manifest["engine"]["max_batch_size"] == 4
+    assert str(whole.parent) not in (whole / MANIFEST).read_text()
+
+
+def test_the_trainer_reads_it(llm, whole):
+    files = sorted(whole.glob("shard-*"))
+    documents = read_documents(files, llm.tokenizer, vocab_size=VOCAB_SIZE, end_of_turn=EOS)
+    for document, record in zip(documents, lines_of(whole), strict=True):
+        assert document.token_n.tolist() == record["token_ids"]
+        assert document.response_n.sum() == len(record["token_ids"]) - record["response"][0][0]
+
+
+def test_user_turns_follow_the_empty_header_and_end_with_the_turn(llm, tmp_path, monkeypatch):
+    calls = []
+    generate = llm.generate
+    monkeypatch.setattr(llm, "generate", lambda *args, **kw: calls.append(args) or generate(*args, **kw))
+    run(llm, tmp_path / "out", documents=2)
+    prompts, params = calls[0]
+    assert prompts == [[BOS, USER]] * 4  # whole batches
+    assert {p.stop_token_ids for p in params} == {(END,)} and {p.temperature for p in params} == {1.0}
+    prompts, params = calls[-1]
+    assert all(prompt[-2:] == [END, ASSISTANT] for prompt in prompts)
+    assert len(prompts) == 2
+
+
+def test_the_head_changes_nothing(checkpoints, whole, tmp_path):
+    run(LLM(checkpoints[0], max_batch_size=4, prefill_chunk=64), tmp_path / "plain", head=None)
+    assert lines_of(tmp_path / "plain") == lines_of(whole)
+
+
+def test_a_target_has_files_to_know_it_by(llm, checkpoints, tmp_path):
+    assert (llm.checkpoint, llm.max_batch_size) == (checkpoints[0], 4)
+    module = LLM(reciting_pair()[0])
+    assert module.checkpoint is None
+    with pytest.raises(DataError, match="given as a module"):
+        run(module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_asks_nothing(llm, tmp_path):
+    with pytest.raises(
+        DataError, match=r"the last 2\d\d user turns were of no use .*cut 2\d\d.*; raise max_user_tokens"
+    ):
+        run(llm, tmp_path / "out", max_user_tokens=2)
+
+
+# resuming
+
+
+@pytest.mark.parametrize("calls_before", [1, 3, 5])
+def test_a_killed_run_ends_as_one_that_was_not(llm, whole, tmp_path, monkeypatch, calls_before):
+    out, generate, calls = tmp_path / "out", llm.generate, []
+
+    def interrupted(*args, **kwargs):
+        if len(calls) == calls_before:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(llm, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, out)
+    monkeypatch.undo()
+    assert (out / MANIFEST).exists() and len(list(out.glob("shard-*"))) < 3
+    run(llm, out)
+    assert contents(out) == contents(whole)
+
+
+def test_killed_while_writing(llm, whole, tmp_path):
+    """A half temporary file, and a shard that was renamed but is not yet in the manifest."""
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    full = contents(whole)
+    manifest["shards"] = manifest["shards"][:1]
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    (out / "shard-00002.jsonl.gz").unlink()
+    (out / ".shard-00002.jsonl.gz.tmp").write_bytes(full["shard-00002.jsonl.gz"][:20])
+    run(llm, out)
+    assert contents(out) == full
+
+
+def test_nothing_is_generated_twice(llm, whole, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    monkeypatch.setattr(llm, "generate", None)
+    assert run(llm, out) == json.loads((whole / MANIFEST).read_bytes())
+
+
+def test_a_missing_shard_is_made_again_and_a_damaged_one_refused(llm, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    shard = out / "shard-00001.jsonl.gz"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard-00001.jsonl.gz is not what manifest.json says; remove it"):
+        run(llm, out)
+    shard.unlink()
+    run(llm, out)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(seed=6), "settings.seed = 5, not 6"),
+        (dict(temperatures=(0.0,)), "settings.temperatures.1 = 0.7, not None"),
+        (dict(max_answer_tokens=41), "settings.max_answer_tokens = 40, not 41"),
+        (dict(head=None), "head = 'head', not None"),
+        (dict(exclude=QUESTIONS[:1]), "exclude.files.0.file = None, not 'gsm8k.jsonl'"),
+    ],
+)
+def test_other_settings_are_refused(llm, whole, changed, said):
+    before = contents(whole)
+    with pytest.raises(DataError) as error:
+        run(llm, whole, **changed)
+    assert said in str(error.value) and "another directory" in str(error.value)
+    assert contents(whole) == before
+
+
+def test_disk_full(llm, whole, small_disk):  # noqa: F811
+    out, ballast = small_disk / "out", small_disk / "ballast"
+    out.mkdir()
+    free = shutil.disk_usage(small_disk).free
+    ballast.write_bytes(bytes(free - 3 * 4096))
+    with pytest.raises(DataError, match=r"the disk is full; [12] complete shards are kept.*run the same command again"):
+        run(llm, out)
+    kept = sorted(out.glob("shard-*"))
+    assert kept and all(path.read_bytes() == (whole / path.name).read_bytes() for path in kept)
+    ballast.unlink()
+    run(llm, out)
+    assert contents(out) == contents(whole)
+
+
+def test_one_writer_at_a_time(llm, tmp_path):
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another process is writing"):
+        run(llm, tmp_path)
+    os.close(lock)
+
+
+# given prompts and texts
+
+
+def test_answers_to_prompts(llm, tmp_path):
+    """Answers in the file are left out; each turn is answered in the context of the target's own answers."""
+    system = {"role": "system", "content": "Be brief."}
+    old = {"role": "assistant", "content": "an answer of someone else"}
+    first, second = conversation("one", "two")["messages"]
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl",
+        {"messages": [system, first, old, second, old]},
+        {"question_id": 1, "category": "math", "turns": ["three"]},
+    )
+    manifest = run(llm, tmp_path / "out", prompts=prompts, temperatures=(0.0,))
+    assert manifest["documents"] == 2  # all there are
+    talk, question = lines_of(tmp_path / "out")
+    said = {"role": "assistant", "content": TEXT}
+    assert talk["messages"] == [system, first, said, second, said]
+    assert question["messages"] == [{"role": "user", "content": "three"}, said]
+
+    tokenizer = llm.tokenizer
+
+    def ids(text: str) -> list[int]:
+        return encode(tokenizer, text, add_special_tokens=False)
+
+    opening = ids("<s><|system|>Be brief.<|end|><|user|>one<|end|><|assistant|>")
+    between = ids("<|end|><|user|>two<|end|><|assistant|>")
+    assert talk["token_ids"] == [*opening, *RECITED, *between, *RECITED]
+    a, b = len(opening), len(opening) + len(RECITED)
+    assert talk["response"] == [[a, b], [b + len(between), len(talk["token_ids"])]]
+    assert talk["finish"] == question["finish"] == "stop"
+
+
+def test_a_cut_answer_ends_the_conversation(llm, tmp_path):
+    prompts = write_lines(tmp_path / "prompts.jsonl", conversation("one", "two"))
+    run(llm, tmp_path / "out", prompts=prompts, temperatures=(0.0,), max_answer_tokens=5)
+    (record,) = lines_of(tmp_path / "out")
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant"]
+    assert record["finish"] == "length" and record["token_ids"][-5:] == RECITED[:5]
+
+
+def test_what_is_dropped(llm, tmp_path):
+    question = "How many legs have seven spiders and nine beetles together, please?"
+    exclude = write_lines(tmp_path / "evaluation.jsonl", {"turns": [question, "Why?"]})
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl",
+        conversation("A preamble that many prompts share. " * 3 + "One."),
+        conversation("A preamble that many prompts share. " * 3 + "Two."),
+        conversation("a preamble  that many prompts share. " * 3 + "one."),
+        conversation("  "),
+        conversation("x" * 230),
+        conversation("So: how many LEGS have seven spiders and nine beetles?"),
+        conversation("Tell me", "why?"),
+        conversation("How many legs have seven spiders and nine?"),
+        conversation("How many legs have seven spiders?"),
+    )
+    manifest = run(llm, tmp_path / "out", prompts=prompts, exclude=[exclude])
+    assert manifest["documents"] == 3
+    assert manifest["dropped"] == {"duplicate": 1, "empty": 1, "long": 1, "overlap": 3}
+    assert manifest["exclude"]["files"] == [
+        {"file": "evaluation.jsonl", "sha256": hashlib.sha256(exclude.read_bytes()).hexdigest()}
+    ]
+    kept = [record["messages"][0]["content"] for record in lines_of(tmp_path / "out")]
+    assert [text[-4:] for text in kept] == ["One.", "Two.", "ers?"]
+    assert not overlapping(kept, read_evaluation_prompts(exclude))
+    with pytest.raises(DataError, match=r"no line is of use \(overlap 1\)"):
+        run(llm, tmp_path / "other", prompts=exclude, exclude=[exclude])
+
+
+def test_repeats_are_known_across_shards_and_runs(llm, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    turns = ["Tell me of cats", "Tell me of dogs", "tell me of  cats", "Tell me of ants"]
+    prompts = write_lines(tmp_path / "prompts.jsonl", *map(conversation, turns))
+    run(llm, out, prompts=prompts, shard_size=1)
+    assert [record["index"] for record in lines_of(out)] == [0, 1, 3]
+    full = contents(out)
+    (out / "shard-00001.jsonl.gz").unlink()
+    run(llm, out, prompts=prompts, shard_size=1)
+    assert contents(out) == full
+
+
+def test_texts_continued(llm, tmp_path):
+    texts = write_lines(tmp_path / "texts.jsonl", {"text": "xyz" * 9}, {"text": "ab"}, {"text": ""})
+    manifest = run(llm, tmp_path / "out", texts=texts, temperatures=(0.0,), prompt_tokens=7)
+    assert manifest["dropped"] == {"empty": 1}
+    long, short = lines_of(tmp_path / "out")
+    assert long["text"] == "xyzxyz" + TEXT and short["text"] == TEXT
+    assert long["token_ids"] == [*encode(llm.tokenizer, "xyzxyz"), *RECITED] and long["response"] == [
+        [7, 7 + len(RECITED)]
+    ]
+    assert short["response"] == [[3, len(RECITED) + 1]] and "messages" not in short
+
+
+# errors
+
+
+def test_files_that_cannot_be_used(llm, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    cases = [
+        (dict(prompts=bad), {"text": "x"}, 'line 1 is not {"messages"'),
+        (dict(prompts=bad), {"messages": [{"role": "tool", "content": "x"}]}, "line 1 is not"),
+        (dict(prompts=bad), {"messages": [{"role": "user", "content": None}]}, "line 1 is not"),
+        (dict(prompts=bad), {"messages": [{"role": "system", "content": "x"}]}, "line 1 is not"),
+        (dict(prompts=bad), {"turns": []}, "line 1 is not"),
+        (dict(prompts=bad), {"turns": ["\ud800"]}, "line 1 is not valid Unicode"),
+        (dict(texts=bad), {"turns": ["x"]}, 'line 1 is not {"text"'),
+        (dict(exclude=[bad]), {"prompt": "x"}, '"turns" must be a list of texts'),
+        (dict(texts=bad, prompts=bad), {}, "not both"),
+        (dict(exclude=[tmp_path / "none.jsonl"]), {}, "cannot read"),
+    ]
+    for keywords, record, said in cases:
+        write_lines(bad, record)
+        with pytest.raises(DataError) as error:
+            run(llm, tmp_path / "out", **keywords)
+        assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_directories_that_cannot_be_used(llm, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot make the directory"):
+        run(llm, tmp_path / "file")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "shard-00000.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds shards but no manifest.json"):
+        run(llm, foreign)
+    (foreign / MANIFEST).write_text("{")
+    with pytest.raises(DataError, match=r"manifest.json cannot be read"):
+        run(llm, foreign)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(documents=0), "documents must be"),
+        (dict(shard_size=1.5), "shard_size must be"),
+        (dict(temperatures=()), "temperatures must hold"),
+        (dict(temperatures=(0.5, -1)), "temperature must be"),
+        (dict(top_p=0), "top_p must be"),
+        (dict(seed=-1), "seed must be"),
+    ],
+)
+def test_settings_that_make_no_sense(changed, said):
+    with pytest.raises(ValueError, match=said):
+        Settings(**(SMALL | changed))
+
+
+def test_script(checkpoints, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("synthesize", ROOT / "scripts" / "synthesize.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    target, _ = map(str, checkpoints)
+    out = tmp_path / "out"
+    texts = write_lines(tmp_path / "texts.jsonl", {"text": "hello"}, {"text": "word"})
+    command = [target, str(out), "--documents", "2", "--batch", "4", "--max-answer-tokens", "40", "--continue"]
+    assert script.main([*command, str(texts)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["documents"] == 2
+    assert len(lines_of(out)) == 2
+    assert script.main([*command, str(texts), "--seed", "1"]) == 1
+    assert capsys.readouterr().err.endswith(
+        f"error: {out} was made with settings.seed = 0, not 1; use the same settings or another directory\n"
+    )
+
+
+# training data and evaluation questions
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It says ONE two, three;\nfour five six seven eight!", ["one two three four five six seven eight"]),
+        ("one two three four five six seven", []),  # seven words
+        ("one two three four six five seven eight nine ten", []),
+        (
+            "two three four five six seven eight nine ten",
+            ["two three four five six seven eight nine", "three four five six seven eight nine ten"],
+        ),
+        ("Now parallelize it, please", ["parallelize it"]),  # a shorter prompt, whole
+        ("Now parallelize that", []),
+        ("1, 2, 3, 4, 5, 6, 7, 8, 9", []),  # counting
+        ("\uff30arallelize  it \uff30ARALLELIZE it", ["parallelize it"]),  # full-width letters; named once
+        ("", []),
+    ],
+)
+def test_overlapping(text, found):
+    prompts = ["One two three four five six seven eight nine ten.", "Parallelize it!", "1 2 3 4 5 6 7 8 9 10", ""]
+    assert overlapping(["other words", text], prompts) == [(1, gram) for gram in found]
+
+
+def test_planted_questions_are_found():
+    """Every evaluation turn, in the middle of other words, is recognised."""
+    turns = [turn for file in QUESTIONS for turn in read_evaluation_prompts(file)]
+    assert len(QUESTIONS) == 3 and len(turns) == 320
+    planted = [f"please {turn.upper()} thanks" for turn in turns]
+    assert {index for index, _ in overlapping(planted, turns)} == set(range(len(turns)))
+
+
+@pytest.mark.parametrize("file", TRAINING_DATA, ids=lambda path: path.name)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_no_evaluation_question_is_in_the_training_data(file, role):
+    """Answers are held to the same rule: what an evaluation asks must not be learnt from them either."""
+    turns = [turn for path in QUESTIONS for turn in read_evaluation_prompts(path)]
+    said = [
+        message["content"]
+        for _, record in read_json_lines(file)
+        for message in record["messages"]
+        if message["role"] == role
+    ]
+    assert said
+    assert overlapping(said, turns) == []
+
+
+def test_there_is_training_data():
+    assert "smollm2-selfsynth.jsonl.gz" in {path.name for path in TRAINING_DATA}

@@ -1,0 +1,300 @@
+"""The trainer: learning, resuming bit for bit, devices and micro-batches that change nothing, and what goes wrong."""
+
+import dataclasses
+import errno
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_llama
+
+from jeagle.checkpoint import load_eagle
+from jeagle.config import EagleConfig
+from jeagle.training.documents import DataError, Document
+from jeagle.training.initial import new_head
+from jeagle.training.packing import Loader, Rows, pack
+from jeagle.training.recipe import (
+    DataRecipe,
+    HeadRecipe,
+    ObjectiveRecipe,
+    OptimizerRecipe,
+    Recipe,
+    RecipeError,
+    RunRecipe,
+    load_recipe,
+)
+from jeagle.training.trainer import Trainer, TrainingError
+from jeagle.training.vocabulary import choose_vocabulary, coverage
+
+LENGTH = 24
+
+
+def documents(number=60, seed=0) -> list[Document]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(number):
+        n = int(rng.integers(4, LENGTH + 1))
+        made.append(Document(rng.integers(3, 60, n).astype(np.int32), np.arange(n) >= 2))
+    return made
+
+
+def recipe(*, run=None, objective=None, head=None, **optimizer) -> Recipe:
+    return Recipe(
+        target="tiny",
+        head=HeadRecipe(
+            **{"kind": "eagle3", "draft_vocab_size": 60, "tap_norm": "each", "norm_output": True, **(head or {})}
+        ),
+        data=DataRecipe(files=("made in code",), pack_length=LENGTH),
+        objective=ObjectiveRecipe(**{"depth": 2, **(objective or {})}),
+        optimizer=OptimizerRecipe(**{"learning_rate": 1e-2, "warmup": 0.1, **optimizer}),
+        run=RunRecipe(
+            **{"steps": 6, "rows": 4, "save_every": 2, "evaluate_every": 100, "save_dtype": "float32", **(run or {})}
+        ),
+    )
+
+
+def trainer(directory, r: Recipe, *, devices=1, **kwargs) -> Trainer:
+    target = tiny_llama()
+    rows = pack(documents(), LENGTH)
+    ids = None
+    config = r.head.config(target.config)
+    if config.reduced_vocabulary:
+        ids = jnp.asarray(choose_vocabulary(documents(), vocab_size=97, size=config.draft_vocab_size, always=[2]))
+    head = new_head(config, target, ids, seed=0, sample=Rows(*(x[:1] for x in rows)))
+    held_out = pack(documents(12, seed=1), LENGTH)
+    return Trainer(
+        r, directory, target, head, rows, held_out, identity={"data": "d"}, devices=jax.devices()[:devices], **kwargs
+    )
+
+
+def losses(directory) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_head_learns_and_comes_back_as_a_checkpoint(tmp_path):
+    r = recipe(run={"steps": 40, "echo": 2, "updates": 2, "rows": 2, "save_every": 40})
+    t = trainer(tmp_path / "run", r)
+    before = t.evaluate()
+    t.train()
+    after = t.evaluate()
+    assert after["loss_by_depth"][0] < 0.8 * before["loss_by_depth"][0]
+    assert after["alpha"][0] > before["alpha"][0] + 0.05
+    assert after["tau_sampled"] > before["tau_sampled"]
+    head = load_eagle(t.export(tmp_path / "head", source={"source": "a test"}))
+    for path, value in (("fc", head.fc.kernel), ("lm_head", head.lm_head)):
+        trained = t.state.params[path]["kernel"] if path == "fc" else t.state.params[path]
+        np.testing.assert_array_equal(value[...], trained[...])
+    assert head.config == r.head.config(tiny_llama().config)
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "meta"])
+def test_concat_heads_learn(tmp_path, kind):
+    objective = {"depth": 1, "loss": "ce", "token_weight": 0.1, "feature_weight": 1.0, "feature_noise": 0.05}
+    form = {"kind": kind, "draft_vocab_size": None, "tap_norm": "none", "norm_output": None, "num_layers": 2}
+    t = trainer(tmp_path / "run", recipe(run={"steps": 20}, objective=objective, head=form))
+    before = t.evaluate()
+    t.train()
+    assert t.evaluate()["loss_by_depth"][0] < before["loss_by_depth"][0]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    r = recipe(objective={"feature_noise": 0.1}, run={"echo": 2, "updates": 2, "rows": 2})
+    whole = trainer(tmp_path / "whole", r)
+    whole.train()
+    killed = trainer(tmp_path / "killed", r)
+    killed.train(until=3)  # saves step 3, then runs one more that is lost
+    killed._step, step = None, killed._step
+    killed.state, _ = step(killed.state, killed.loader[3])
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 0.0}) + '\n{"step": 5, "lo')
+    again = trainer(tmp_path / "killed", r)
+    assert again.step == 3
+    again.train()
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_directory_belongs_to_one_recipe(tmp_path):
+    trainer(tmp_path, recipe()).train(until=2)
+    with pytest.raises(TrainingError, match=r"another recipe\.optimizer\.learning_rate"):
+        trainer(tmp_path, recipe(learning_rate=5e-3))
+    longer = trainer(tmp_path, recipe(run={"steps": 8}))  # how long it is may change
+    longer.train()
+    assert longer.step == 8
+
+
+def test_micro_batches_and_remat_change_nothing(tmp_path):
+    plain = trainer(tmp_path / "a", recipe(run={"rows": 4}))
+    plain.train(until=3)
+    split = trainer(tmp_path / "b", recipe(run={"rows": 1, "accumulate": 4}, objective={"remat": True}))
+    split.train(until=3)
+    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-5)
+
+
+def test_bfloat16_computes_with_float32_masters(tmp_path):
+    t = trainer(tmp_path, recipe(run={"dtype": "bfloat16"}))
+    t.train(until=3)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(t.state.params))
+    reference = trainer(tmp_path / "f32", recipe())
+    reference.train(until=3)
+    np.testing.assert_allclose(losses(tmp_path), losses(tmp_path / "f32"), rtol=0.05)
+
+
+EIGHT = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_training import losses, recipe, trainer
+r = recipe(run={{"rows": 8, "steps": 3}})
+for name, devices in (("one", 1), ("eight", 8)):
+    trainer(Path({out!r}) / name, r, devices=devices).train()
+"""
+
+
+def test_eight_devices_give_the_losses_of_one(tmp_path):
+    code = EIGHT.format(path=sys.path, out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    assert len(one) == 3
+    np.testing.assert_allclose(one, eight, rtol=1e-5)
+
+
+def test_rows_must_divide_over_the_devices(tmp_path):
+    class Two:
+        size = 2
+
+    with (
+        pytest.raises(TrainingError, match=r"run\.rows .3. must be a multiple of the number of devices .2."),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("jeagle.training.trainer.data_mesh", lambda devices: Two())
+        trainer(tmp_path, recipe(run={"rows": 3}))
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    t = trainer(tmp_path, recipe())
+    t.train(until=2)
+    t.state = dataclasses.replace(t.state, params=jax.tree.map(lambda x: x * np.nan, t.state.params))
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan.*the checkpoint of step 2 is good"):
+        t.train()
+    again = trainer(tmp_path, recipe())
+    assert again.step == 2
+    again.train()
+    assert np.isfinite(losses(tmp_path)).all()
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    t = trainer(tmp_path, recipe())
+    t.train(until=2)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(t._manager, "save", full)
+    with pytest.raises(TrainingError, match="No space left on device; the checkpoint of step 2 is good"):
+        t.train()
+    assert trainer(tmp_path, recipe()).step == 2
+
+
+def test_packing_keeps_every_token_once():
+    made = documents(100)
+    rows = pack(made, LENGTH)
+    found = []
+    for row in range(len(rows.token_BT)):
+        for segment in range(1, rows.segment_BT[row].max() + 1):
+            here = rows.segment_BT[row] == segment
+            assert rows.position_BT[row][here].tolist() == list(range(here.sum()))
+            tokens, learn = rows.token_BT[row][here], rows.learn_BT[row][here]
+            found.append((tuple(tokens), tuple(learn)))
+            assert not learn[-1]
+    wanted = [(tuple(d.token_n), (*d.response_n[1:], False)) for d in made]
+    assert sorted(found) == sorted(wanted)
+    assert (rows.segment_BT > 0).mean() > 0.9
+
+
+def test_long_documents():
+    long = Document(np.arange(40, dtype=np.int32), np.ones(40, bool))
+    with pytest.raises(DataError, match=r'document 1 has 40 tokens.*data.long_documents to "cut" or "drop"'):
+        pack([documents(1)[0], long], LENGTH)
+    assert pack([long], LENGTH, long_documents="cut").token_BT.tolist() == [list(range(LENGTH))]
+    with pytest.raises(DataError, match="no document with an answer fits"):
+        pack([long], LENGTH, long_documents="drop")
+
+
+def test_the_loader_is_a_function_of_the_step():
+    rows = pack(documents(100), LENGTH)
+    a, b = Loader(rows, (2, 1, 3), seed=4), Loader(rows, (2, 1, 3), seed=4)
+    assert a[0].token_BT.shape == (2, 1, 3, LENGTH)
+    np.testing.assert_array_equal(a[7].token_BT, b[7].token_BT)
+    assert (a[7].token_BT != Loader(rows, (2, 1, 3), seed=5)[7].token_BT).any()
+    # One epoch shows every row once.
+    single = Loader(rows, (1, 1, 1), seed=0)
+    n = len(rows.token_BT)
+    epoch = sorted(tuple(single[i].token_BT.reshape(-1)) for i in range(n))
+    assert epoch == sorted(map(tuple, rows.token_BT))
+
+
+def test_the_vocabulary_holds_the_most_frequent_answers_and_the_end_of_turn():
+    made = [Document(np.array([5, 9, 9, 7, 7, 7, 4], np.int32), np.array([0, 1, 1, 1, 1, 1, 1], bool))]
+    assert choose_vocabulary(made, vocab_size=20, size=3, always=[2]).tolist() == [2, 7, 9]
+    assert choose_vocabulary(made, vocab_size=20, size=5, always=[2]).tolist() == [0, 2, 4, 7, 9]
+    assert coverage(made, np.array([2, 7, 9]), vocab_size=20) == pytest.approx(5 / 6)
+
+
+RECIPE = """
+target = "tiny"
+[head]
+kind = "eagle3"
+[data]
+files = ["a.jsonl"]
+[optimizer]
+learning_rate = 1e-3
+[run]
+steps = 10
+"""
+
+
+def test_recipes_are_read_and_wrong_ones_named(tmp_path):
+    path = tmp_path / "r.toml"
+
+    def load(text):
+        path.write_text(text)
+        return load_recipe(path)
+
+    assert load(RECIPE).optimizer.learning_rate == 1e-3
+    for text, message in (
+        (RECIPE + "stesp = 3", "run.stesp is not a field; the fields here are steps, rows"),
+        (RECIPE.replace("steps = 10", ""), "run.steps is missing"),
+        (RECIPE.replace("steps = 10", 'steps = "ten"'), "run.steps must be a whole number, got 'ten'"),
+        (RECIPE.replace('"eagle3"', '"eagle9"'), "head.kind must be one of 'eagle1', 'eagle3', 'meta', got 'eagle9'"),
+        (RECIPE.replace("1e-3", "-1.0"), "optimizer.learning_rate must be above 0, got -1.0"),
+        (RECIPE + '[objective]\nloss = "mse"', "objective.loss must be one of ce, kl"),
+        (RECIPE.replace('["a.jsonl"]', "[]"), "data.files must be a list of at least one file"),
+        (RECIPE + "[", "is not TOML"),
+    ):
+        with pytest.raises(RecipeError, match=message.replace("[", r"\[")):
+            load(text)
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_initial_heads_take_the_targets_weights():
+    target = tiny_llama()
+    config = EagleConfig.for_target(target.config, "eagle3", num_kv_heads=4, draft_vocab_size=10, tap_norm="each")
+    rows = Rows(*(x[:1] for x in pack(documents(), LENGTH)))
+    head = new_head(config, target, jnp.arange(5, 15), seed=0, sample=rows)
+    last = target.blocks[-1]
+    np.testing.assert_array_equal(head.lm_head[...], target.lm_head[...][:, 5:15])
+    np.testing.assert_array_equal(head.blocks[0].gate_up.kernel[...], last.gate_up.kernel[...])
+    # Queries keep their order; each of the 2 key heads serves two of the 4.
+    mine, theirs = head.blocks[0].qkv.kernel[...][32:], last.qkv.kernel[...]
+    np.testing.assert_array_equal(mine[:, :, 0].reshape(32, 4, 8), theirs[:, :, :2].reshape(32, 4, 8))
+    np.testing.assert_array_equal(mine[:, :, 1], jnp.repeat(theirs[:, :, 2], 2, axis=1))
