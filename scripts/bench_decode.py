@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +22,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import environment, write_result
 from flax import nnx
 
 from jeagle import LLM, LlamaConfig, SamplingParams
@@ -169,6 +167,7 @@ def main() -> None:
     parser.add_argument("--out", help="also write the JSON here")
     args = parser.parse_args()
 
+    here = environment()
     dtype = jnp.dtype(args.dtype)
     if args.model:
         target = load_llama(args.model, dtype=args.dtype)
@@ -203,15 +202,15 @@ def main() -> None:
     plain = timed["verify_1"].best
     result: dict = dict(
         script="bench_decode",
-        command=" ".join(["python", "scripts/bench_decode.py", *sys.argv[1:]]),
+        command=here["command"],
         model=args.model or f"{args.shape}, random weights",
-        device=f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
-        jax=jax.__version__,
+        device=here["device"],
+        jax=here["jax"],
         dtype=args.dtype,
         batch=args.batch,
         prefix=100,
         capacity=args.capacity,
-        load_average=os.getloadavg()[0],
+        load_average=here["load_average"],
         bandwidth_GBps=speed / 1e9,
         weights_MB=weights / 1e6,
         floor_ms=floor * 1e3,
@@ -236,11 +235,9 @@ def main() -> None:
     if "host" in result:
         share, tokens = result["host"]["host_share"], result["host"]["tokens"]
         print(f"outside the device loop: {share:.2%} of generating {tokens} tokens")
-    line = json.dumps(result)
     if args.out:
-        with open(args.out, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
-    print(line)
+        write_result(args.out, result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

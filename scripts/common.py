@@ -1,0 +1,138 @@
+"""What the measuring scripts share: where a number was measured, the questions asked, fair timing, the result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jeagle import LLM, RequestOutput, SamplingParams
+from jeagle.inputs import Message
+
+__all__ = ["Question", "chat_in_pairs", "environment", "load_questions", "spread", "tokens_per_second", "write_result"]
+
+
+def environment() -> dict[str, Any]:
+    """command, device ("kind (machine, cores)"), jax (version), commit, load_average (processes, over the last minute).
+
+    commit is the abbreviated hash, with "-dirty" where tracked files had changed; None outside a git checkout. Ask at
+    the start of a run: later the load average counts the run itself.
+    """
+    return dict(
+        command=shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        device=f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        jax=jax.__version__,
+        commit=_commit(),
+        load_average=os.getloadavg()[0],
+    )
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user says, turn by turn; the answers are the model's."""
+
+    line: int  # its place in the file, from 1
+    question_id: int | str
+    category: str
+    turns: tuple[str, ...]  # at least one
+    system: str | None = None
+
+
+def load_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+    """The questions of a JSON-lines file, at least one; with a limit so many of them, spread evenly over the file, as
+    files are sorted by category. Example: 3 of 10 are those at 0, 3 and 6.
+
+    A line is in EAGLE's and MT-bench's form, {"question_id": 81, "category": "writing", "turns": ["...", "..."]}, or a
+    conversation, {"messages": [{"role": ..., "content": ...}, ...]}, of which the system message and the user's turns
+    are taken: the assistant's words are for the model to find. Without a category the file's name is the category,
+    without an id the line's number. Raises ValueError with one sentence.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028 within a text
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    questions = [_question(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise ValueError(f"{path} holds no questions")
+    count = min(limit or len(questions), len(questions))
+    return [questions[i * len(questions) // count] for i in range(count)]
+
+
+def _question(line: str, path: Path, number: int) -> Question:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    turns: Any = None
+    system = None
+    if isinstance(entry, dict):
+        turns = entry.get("turns")
+        messages = entry.get("messages")
+        if turns is None and isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+            turns = [m.get("content") for m in messages if m.get("role") == "user"]
+            system = next((m.get("content") for m in messages if m.get("role") == "system"), None)
+    said = [*turns, *([] if system is None else [system])] if isinstance(turns, list) and turns else [None]
+    if not all(isinstance(text, str) for text in said):
+        raise ValueError(
+            f'{path}, line {number} needs "turns", a list of texts, or "messages", a list of roles and contents with '
+            "at least one user's"
+        )
+    category = str(entry.get("category", path.stem))
+    return Question(number, entry.get("question_id", number), category, tuple(turns), system)
+
+
+def chat_in_pairs(
+    llm: LLM, conversations: Sequence[Sequence[Message]], params: Sequence[SamplingParams]
+) -> tuple[list[RequestOutput], list[RequestOutput]]:
+    """Plain and speculative answers at batch 1, in turns: plain, speculative, plain, speculative, ...
+
+    So a machine that slows down slows both alike. A run that had to compile is made again, and only the second counts.
+    """
+    answers: tuple[list[RequestOutput], list[RequestOutput]] = ([], [])
+    for messages, p in zip(tqdm(conversations, desc="in pairs", disable=None), params, strict=True):
+        for speculative in (False, True):
+            before: int | None = None
+            while before != len(llm.compiled_programs):
+                before = len(llm.compiled_programs)
+                (output,) = llm.chat(messages, p, speculative=speculative, use_tqdm=False)
+            answers[speculative].append(output)
+    return answers
+
+
+def tokens_per_second(outputs: Sequence[RequestOutput], *, prefill: bool = True) -> float:
+    """All tokens over all seconds of requests served one at a time; with or without the prompts' prefill."""
+    seconds = sum(o.metrics.decode_seconds + o.metrics.prefill_seconds * prefill for o in outputs)
+    return sum(o.metrics.num_emitted for o in outputs) / seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and extremes, as JSON wants them."""
+    names = ("min", "quartile_1", "median", "quartile_3", "max")
+    return dict(zip(names, np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """``result`` as indented JSON."""
+    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
