@@ -39,6 +39,7 @@ __all__ = [
     "load_eagle",
     "load_llama",
     "ocdbt",
+    "read_source",
 ]
 
 FORMAT_VERSION = 1
@@ -67,7 +68,7 @@ def is_checkpoint(path: str | Path) -> bool:
 def load_config(directory: str | Path) -> LlamaConfig | EagleConfig:
     """The model a checkpoint holds. Raises CheckpointError in one sentence when it is not one of ours."""
     directory = Path(directory)
-    _read_source(directory)
+    read_source(directory)
     data = _read_json(directory / "config.json")
     family = data.get("family")
     try:
@@ -111,7 +112,7 @@ def load(directory: str | Path, dtype: str = "auto", *, shardings: Shardings = N
 
 def _restore(directory: Path, config: Any, module: Callable[..., Any], dtype: str, shardings: Shardings) -> Any:
     """Build the module without weights, read each array into its place, and put the two together."""
-    stored = _read_source(directory)["dtype"]
+    stored = read_source(directory)["dtype"]
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
     param_dtype = jnp.dtype(stored if dtype == "auto" else dtype)
@@ -203,8 +204,8 @@ def _check_shapes(
         raise CheckpointError(f"{directory} {problem}; convert the model again")
 
 
-def _read_source(directory: Path) -> dict[str, Any]:
-    """source.json, after everything that can be wrong with a directory has been asked."""
+def read_source(directory: Path) -> dict[str, Any]:
+    """What a checkpoint was made from (source.json), after everything that can be wrong with it has been asked."""
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(f"{directory} {what}; give the directory that python -m convert wrote")

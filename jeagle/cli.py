@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jeagle.sampling import SamplingParams
 
 DEMO_MODEL = Path("models/smollm2-135m")
+DEMO_HEAD = "smollm2-135m-eagle3"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--model", default=str(DEMO_MODEL), help="converted checkpoint, HF directory, hub name or .gguf"
     )
-    shared.add_argument("--draft", help="EAGLE head, in any of the same forms; without one decoding is plain")
+    shared.add_argument("--draft", help=f"EAGLE head, in the same forms or by name ({DEMO_HEAD}); none: decode plainly")
     shared.add_argument("--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL] or off")
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     shared.add_argument("--max-model-len", type=int, help="most positions of prompt and output together")
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="SmolLM2-135M-Instruct with and without speculation")
     demo.add_argument("--model", type=Path, default=DEMO_MODEL, help="where the model is, or is to be put")
-    demo.add_argument("--draft", help="EAGLE head; without one a random head is used, and said to be")
+    demo.add_argument("--draft", default=DEMO_HEAD, help=f"EAGLE head ({DEMO_HEAD}, which comes with the package)")
     demo.add_argument("--tree", default="auto")
     demo.add_argument("--max-tokens", type=int, default=64)
     demo.set_defaults(run=_demo)

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jeagle.checkpoint import load_llama
-from jeagle.config import EagleConfig
-from jeagle.eagle import EagleHead
-from jeagle.llama import Llama
 from jeagle.llm import LLM
 from jeagle.outputs import RequestOutput
 from jeagle.sampling import SamplingParams
 
-__all__ = ["demo", "random_head"]
+__all__ = ["demo"]
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -25,13 +20,7 @@ PROMPTS = (
 )
 
 
-def random_head(target: Llama, seed: int = 0) -> EagleHead:
-    """An untrained EAGLE-3 head that borrows the target's LM head: it runs at full cost and rarely guesses right."""
-    config = EagleConfig.for_target(target.config, "eagle3", own_lm_head=False)
-    return EagleHead(config, dtype=target.embed[...].dtype, rngs=nnx.Rngs(seed))
-
-
-def demo(model: Path, draft: str | None, *, tree: str = "auto", max_tokens: int = 64) -> int:
+def demo(model: Path, draft: str, *, tree: str = "auto", max_tokens: int = 64) -> int:
     """Fetch SmolLM2-135M-Instruct into ``model`` if it is not there, answer every prompt both ways, print both speeds.
 
     Returns the process's exit code: 1 if the two texts ever differ.
@@ -39,14 +28,7 @@ def demo(model: Path, draft: str | None, *, tree: str = "auto", max_tokens: int 
     from convert.smollm2 import fetch
 
     directory = fetch(model)
-    if draft is None:
-        print("No trained head yet: a random one drafts. It costs what a trained one costs and is almost never right,")
-        print("so speculation is slower here; what this shows is that the text stays the same whatever the head says.")
-        target = load_llama(directory)
-        llm = LLM(directory, random_head(target), tree=tree)
-        del target
-    else:
-        llm = LLM(directory, draft, tree=tree)
+    llm = LLM(directory, draft, tree=tree)
     conversations = [[{"role": "user", "content": p}] for p in PROMPTS]
     print(f"\n{llm.config.num_parameters / 1e6:.0f}M parameters, {jnp.dtype(llm.dtype).name}, on {jax.devices()[0]}.")
     equal = True

@@ -7,7 +7,6 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from jeagle.decoder import CompiledProgram, Decoder
 from jeagle.eagle import EagleHead
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
-from jeagle.locate import locate
+from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
 from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
 from jeagle.results import Finished, collect, request_output, stop_at_strings
@@ -45,7 +44,8 @@ class LLM:
     Args:
       model: a converted checkpoint, an HF directory, a hub name or a .gguf file (the last three are converted once,
         into the cache directory), or a ``Llama`` module.
-      draft: the same for the head, or an ``EagleHead`` module; None decodes plainly.
+      draft: the same for the head, the name of one that comes with the package (``jeagle.heads.names()``), or an
+        ``EagleHead`` module; None decodes plainly.
       tree: "auto" (a chain of 3, the paper's choice at every batch size but the smallest), a name ("chain-5",
         "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, or a plan.
       dtype: "auto" (as stored), "float32" or "bfloat16".
@@ -87,7 +87,7 @@ class LLM:
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
         attention_registry.resolve(attention)
         plan = parse_tree("chain-3" if isinstance(tree, str) and tree == "auto" else tree)
-        cache = Path(cache_dir or os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+        cache = cache_directory(cache_dir)
         _keep_compiled_programs(cache / "xla")
 
         self._checkpoint: Path | None = None
@@ -95,7 +95,10 @@ class LLM:
             self._checkpoint = locate(model, cache, kind="llama")
             model = load_llama(self._checkpoint, dtype=dtype)
         if draft is not None and not isinstance(draft, EagleHead):
-            draft = load_eagle(locate(draft, cache, kind="eagle", target=self._checkpoint), dtype=dtype)
+            directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
+            check_vocabulary(directory, self._checkpoint)
+            # In the target's dtype, whatever it is stored in: the two share embeddings and features.
+            draft = load_eagle(directory, dtype=model.embed[...].dtype.name)
         self.config = model.config
         limit = self.config.max_position
         if max_model_len is not None:

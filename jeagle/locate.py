@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
-from jeagle.checkpoint import CheckpointError, is_checkpoint
+from jeagle import heads
+from jeagle.checkpoint import CheckpointError, is_checkpoint, read_source
+from jeagle.text import vocabulary_hash
 
-__all__ = ["locate"]
+__all__ = ["cache_directory", "check_vocabulary", "locate"]
+
+
+def cache_directory(given: str | Path | None = None) -> Path:
+    """Where conversions and compiled programs are kept: as given, else $JEAGLE_CACHE or ~/.cache/jeagle."""
+    return Path(given or os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+
+
+def check_vocabulary(head: Path, target: Path | None) -> None:
+    """Refuse a head that was trained with other token ids: it would run, and never guess right."""
+    trained_with = read_source(head).get("target_vocabulary")
+    has = None if target is None else vocabulary_hash(target)
+    if trained_with and has and trained_with != has:
+        raise ValueError(
+            f"the head {head} was trained with another tokenizer than that of {target}; train one for this target"
+        )
 
 
 def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = None) -> Path:
-    """The converted checkpoint for ``source``: itself if it is one, else its conversion under ``cache``/converted.
+    """The converted checkpoint for ``source``: itself if it is one, a head that comes with the package by its name,
+    else its conversion under ``cache``/converted.
 
     A local source is recognised again by path, sizes and times of its files, so an edited checkpoint is converted anew;
     a hub name by its name. Raises what ``convert.convert`` raises.
@@ -19,6 +38,8 @@ def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = 
     path = Path(source).expanduser()
     if path.is_dir() and is_checkpoint(path):
         return path
+    if kind == "eagle" and not path.exists() and (bundled := heads.find(str(source))):
+        return bundled
     identity = [str(source), str(target)]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -25,18 +25,24 @@ import numpy as np
 from common import environment, write_result
 from flax import nnx
 
-from jeagle import LLM, LlamaConfig, SamplingParams
+from jeagle import LLM, EagleConfig, LlamaConfig, SamplingParams
 from jeagle.cache import after, commit
 from jeagle.checkpoint import load_llama
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Batch, Decoder
-from jeagle.demo import random_head
+from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, choose, seed_keys
 from jeagle.tree import OFF, StaticTree, Tree, ancestor_mask
 from jeagle.verify import accept
 
 STEPS = 16  # per timed launch
+
+
+def random_head(target: Llama, seed: int = 0) -> EagleHead:
+    """An untrained EAGLE-3 head that borrows the target's LM head: it runs at full cost and rarely guesses right."""
+    config = EagleConfig.for_target(target.config, "eagle3", own_lm_head=False)
+    return EagleHead(config, dtype=target.embed[...].dtype, rngs=nnx.Rngs(seed))
 
 
 def bandwidth(repeats: int = 7) -> float:

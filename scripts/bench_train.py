@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from jeagle.checkpoint import load_eagle, load_llama
 from jeagle.config import LlamaConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
-from jeagle.locate import locate
+from jeagle.locate import cache_directory, locate
 from jeagle.training import unroll
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Rows
@@ -89,7 +88,7 @@ def random_rows(vocab_size: int, shape: tuple[int, ...], seed: int) -> Rows:
 
 def load_pair(recipe: Recipe, shape: str | None) -> tuple[Llama, EagleHead]:
     """The recipe's target, or one of another shape and random weights, and a head of the recipe's form."""
-    cache = Path(os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+    cache = cache_directory()
     if shape is not None:
         target = Llama(getattr(LlamaConfig, shape)(), dtype=jnp.dtype(recipe.run.dtype), rngs=nnx.Rngs(0))
     else:

@@ -121,6 +121,13 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_table(cls, table: dict[str, Any], file: str) -> Recipe:
+        """A checked recipe from nested tables; ``file`` is what errors name. None stands for a field left out."""
+        recipe = _build(cls, table, file, "")
+        _check(recipe, file)
+        return recipe
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe. Paths in it are taken from the current directory. Raises RecipeError."""
@@ -131,9 +138,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"cannot read the recipe {path} ({error.strerror})") from error
     except ValueError as error:  # of TOML or UTF-8
         raise RecipeError(f"{path} is not TOML: {error}") from error
-    recipe = _build(Recipe, table, str(path), "")
-    _check(recipe, str(path))
-    return recipe
+    return Recipe.from_table(table, str(path))
 
 
 def _build(cls: type, table: dict[str, Any], file: str, prefix: str) -> Any:
@@ -145,7 +150,7 @@ def _build(cls: type, table: dict[str, Any], file: str, prefix: str) -> Any:
     values = {}
     for name, f in fields.items():
         hint = hints[name]
-        if name not in table:
+        if table.get(name) is None:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise RecipeError(f"{file}: {prefix}{name} is missing")
             continue

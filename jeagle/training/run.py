@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jeagle.checkpoint import load_eagle, load_llama
+from jeagle.config import LlamaConfig
 from jeagle.decoder import check_pair
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
-from jeagle.locate import locate
-from jeagle.text import load_tokenizer, vocabulary_hash
+from jeagle.locate import cache_directory, check_vocabulary, locate
+from jeagle.text import Tokenizer, load_tokenizer, vocabulary_hash
 from jeagle.training.documents import DataError, Document, fingerprint, read_documents
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Rows, pack
@@ -24,7 +24,7 @@ from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
-__all__ = ["Run", "prepare"]
+__all__ = ["Run", "first_head", "hold_out", "load_documents", "prepare"]
 
 
 class Run(NamedTuple):
@@ -44,17 +44,12 @@ def prepare(
 
     Raises RecipeError, DataError, CheckpointError, ConversionError or TrainingError, each in one sentence.
     """
-    cache = Path(os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+    cache = cache_directory()
     target_dir = locate(recipe.target, cache, kind="llama")
     target = load_llama(target_dir, dtype=recipe.run.dtype)
     tokenizer = load_tokenizer(target_dir)
-    config = target.config
-    if not config.eos_token_ids:
-        raise DataError(f"{target_dir / 'config.json'} names no eos_token_ids, so no answer can end; convert it again")
-    documents = read_documents(
-        recipe.data.files, tokenizer, vocab_size=config.vocab_size, end_of_turn=config.eos_token_ids[0]
-    )
-    learnt, measured = _hold_out(documents, recipe.data.held_out, recipe.run.seed)
+    documents = load_documents(recipe, target.config, tokenizer)
+    learnt, measured = hold_out(documents, recipe.data.held_out, recipe.run.seed)
     options: Any = dict(long_documents=recipe.data.long_documents)
     rows = pack(learnt, recipe.data.pack_length, **options)
     held_out = pack(measured, recipe.data.pack_length, **options) if measured else _no_rows(rows)
@@ -68,7 +63,7 @@ def prepare(
     source = {"source": f"trained by jeagle for {recipe.target}", "target_vocabulary": vocabulary}
     tokens = sum(map(len, learnt))
     filled = float((rows.segment_BT > 0).mean())
-    inside = 1.0 if head.draft_to_target is None else _covered(head, learnt, config.vocab_size)
+    inside = 1.0 if head.draft_to_target is None else _covered(head, learnt, target.config.vocab_size)
     weights = sum(x.size for x in jax.tree.leaves(trainer.state.params))
     summary = (
         f"{len(learnt)} documents, {tokens} tokens, {len(rows.token_BT)} rows of {recipe.data.pack_length} "
@@ -78,25 +73,25 @@ def prepare(
     return Run(trainer, source, summary)
 
 
+def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) -> list[Document]:
+    """The recipe's documents. Raises DataError."""
+    if not target.eos_token_ids:
+        raise DataError(f"{recipe.target} names no eos_token_ids, so no answer can end; convert it again")
+    return read_documents(
+        recipe.data.files, tokenizer, vocab_size=target.vocab_size, end_of_turn=target.eos_token_ids[0]
+    )
+
+
 def _head(
     recipe: Recipe, target: Llama, documents: list[Document], rows: Rows, cache: Path, target_dir: Path
 ) -> EagleHead:
     """A new head, or the one to go on from."""
     start = recipe.head.start
     if start in ("target", "random"):
-        config = recipe.head.config(target.config)
-        ids = None
-        if config.reduced_vocabulary:
-            chosen = choose_vocabulary(
-                documents,
-                vocab_size=config.vocab_size,
-                size=config.draft_vocab_size,
-                always=target.config.eos_token_ids,
-            )
-            ids = jnp.asarray(chosen)
-        sample = Rows(*(x[:2] for x in rows)) if start == "target" else None
-        return new_head(config, target, ids, seed=recipe.run.seed, sample=sample)
-    head = load_eagle(locate(start, cache, kind="eagle", target=target_dir), dtype="float32")
+        return first_head(recipe, target, documents, Rows(*(x[:2] for x in rows)))
+    directory = locate(start, cache, kind="eagle", target=target_dir)
+    check_vocabulary(directory, target_dir)
+    head = load_eagle(directory, dtype="float32")
     check_pair(target, head)
     wanted = recipe.head.draft_vocab_size
     if wanted not in (None, head.config.draft_vocab_size):
@@ -107,7 +102,20 @@ def _head(
     return head
 
 
-def _hold_out(documents: list[Document], number: int, seed: int) -> tuple[list[Document], list[Document]]:
+def first_head(recipe: Recipe, target: Llama, documents: list[Document], sample: Rows) -> EagleHead:
+    """A new head of the recipe's form. ``sample``: a few rows to measure the target's residual stream on."""
+    config = recipe.head.config(target.config)
+    ids = None
+    if config.reduced_vocabulary:
+        chosen = choose_vocabulary(
+            documents, vocab_size=config.vocab_size, size=config.draft_vocab_size, always=target.config.eos_token_ids
+        )
+        ids = jnp.asarray(chosen)
+    copied = recipe.head.start == "target"
+    return new_head(config, target, ids, seed=recipe.run.seed, sample=sample if copied else None)
+
+
+def hold_out(documents: list[Document], number: int, seed: int) -> tuple[list[Document], list[Document]]:
     """(learnt, measured): a random choice that depends on the seed alone; order is kept."""
     if number >= len(documents):
         raise DataError(

@@ -1,0 +1,168 @@
+"""Which head learns fastest? Several variants of a recipe, trained side by side on one pass of the target.
+
+    python scripts/compare_heads.py scripts/recipes/smollm2-135m-eagle3.toml --updates 60 \\
+        'head.taps = [2, 15, 27]' 'head.taps = [2, 15, 30]' 'head.num_kv_heads = 3'
+
+A variant is one or more lines of TOML that change the recipe's [head], [objective] or [optimizer]. All see the same
+rows, ``run.rows`` an update, and are measured on the recipe's held-out documents in the end. The target, most of a
+step's cost on small machines, runs once for all of them. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import environment, write_result
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from jeagle.checkpoint import load_llama
+from jeagle.config import EagleConfig
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.locate import cache_directory, locate
+from jeagle.text import load_tokenizer
+from jeagle.training.documents import Document
+from jeagle.training.packing import Loader, Rows, pack
+from jeagle.training.recipe import Recipe, RecipeError, load_recipe
+from jeagle.training.run import first_head, hold_out, load_documents
+from jeagle.training.step import Trainable
+from jeagle.training.trainer import make_optimizer
+from jeagle.training.unroll import Measures, Teacher, learn, num_learnt, teach
+
+CHANGEABLE = ("head", "objective", "optimizer")
+
+
+class Variant:
+    """A head in training, fed with the states that all variants share."""
+
+    def __init__(self, recipe: Recipe, target: Llama, documents: list[Document], sample: Rows, taps: tuple[int, ...]):
+        head = first_head(recipe, target, documents, sample)
+        self.recipe, self.depth = recipe, recipe.objective.depth
+        parts, self.params = Trainable.split(target, head)
+        objective = recipe.objective.objective()
+        optimizer = make_optimizer(recipe.optimizer, recipe.run.steps)
+        self.opt_state = optimizer.init(self.params)
+        D = target.config.width
+        columns = np.concatenate([np.arange(D) + D * taps.index(tap) for tap in head.config.taps])
+        dtype = jnp.dtype(recipe.run.dtype)
+
+        def judge(params, target_params, rows: Rows, teacher: Teacher):
+            student = parts.head(params, parts.head_tables, dtype)
+            teacher = teacher._replace(feature_BTX=teacher.feature_BTX[..., columns])
+            count_K = num_learnt(rows, self.depth)
+            return learn(student, parts.target(target_params), rows, teacher, count_K, objective)
+
+        def update(params, opt_state, target_params, rows, teacher):
+            (_, measures), gradient = jax.value_and_grad(judge, has_aux=True)(params, target_params, rows, teacher)
+            change, opt_state = optimizer.update(gradient, opt_state, params)
+            return optax.apply_updates(params, change), opt_state, measures
+
+        self._update = jax.jit(update, donate_argnums=(0, 1))
+        self._judge = jax.jit(lambda *args: judge(*args)[1])
+        self._target_params = parts.target_params
+
+    def learn_from(self, rows: Rows, teacher: Teacher) -> None:
+        self.params, self.opt_state, _ = self._update(self.params, self.opt_state, self._target_params, rows, teacher)
+
+    def measure(self, rows: Rows, teacher: Teacher) -> Measures:
+        return jax.device_get(self._judge(self.params, self._target_params, rows, teacher))
+
+
+def changed(recipe: Recipe, text: str, updates: int) -> Recipe:
+    """The recipe with a variant's lines applied, and a schedule of ``updates``."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"variant {text!r} is not TOML: {error}") from error
+    unknown = set(table) - set(CHANGEABLE)
+    if unknown:
+        raise RecipeError(f"variant {text!r} changes {unknown.pop()}; it may change {', '.join(CHANGEABLE)}")
+    base = recipe.to_json()
+    for section, fields in table.items():
+        base[section] |= fields
+    base["run"] |= dict(steps=updates, updates=1, echo=1, accumulate=1)
+    return Recipe.from_table(base, f"variant {text!r}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("recipe")
+    parser.add_argument("variants", nargs="+", metavar="VARIANT", help="TOML, such as 'head.taps = [2, 15, 30]'")
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--measured-rows", type=int, default=16, help="held-out rows to measure on")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    args = parser.parse_args()
+    about = environment()
+    try:
+        base = load_recipe(args.recipe)
+        recipes = {text: changed(base, text, args.updates) for text in args.variants}
+    except RecipeError as error:
+        print(f"compare_heads: {error}", file=sys.stderr)
+        return 1
+
+    directory = locate(base.target, cache_directory(), kind="llama")
+    target = load_llama(directory, dtype=base.run.dtype)
+    documents = load_documents(base, target.config, load_tokenizer(directory))
+    learnt, measured = hold_out(documents, base.data.held_out, base.run.seed)
+    rows, held = (pack(d, base.data.pack_length, long_documents=base.data.long_documents) for d in (learnt, measured))
+    loader = Loader(rows, (base.run.rows,), seed=base.run.seed)
+    forms = [r.head.config(target.config) for r in recipes.values()]
+    taps = tuple(sorted({tap for form in forms for tap in form.taps}))
+    sample = Rows(*(x[:2] for x in rows))
+    variants = {text: Variant(r, target, learnt, sample, taps) for text, r in recipes.items()}
+
+    # The teacher asks a head for its taps alone.
+    every = EagleConfig.for_target(target.config, "eagle3", taps=taps, own_lm_head=False)
+    definition, params = nnx.split(target)
+    wide = nnx.split(EagleHead(every, rngs=nnx.Rngs(0)))
+    teach_rows = jax.jit(lambda p, h, r: teach(nnx.merge(definition, p), nnx.merge(wide[0], h), r))
+
+    for step in tqdm(range(args.updates), desc="updates"):
+        batch = jax.device_put(loader[step])
+        teacher = teach_rows(params, wide[1], batch)
+        for variant in variants.values():
+            variant.learn_from(batch, teacher)
+    totals: dict[str, Measures | None] = dict.fromkeys(variants)
+    for start in range(0, min(args.measured_rows, len(held.token_BT)) // base.run.rows * base.run.rows, base.run.rows):
+        batch = jax.device_put(Rows(*(x[start : start + base.run.rows] for x in held)))
+        teacher = teach_rows(params, wide[1], batch)
+        for text, variant in variants.items():
+            found, before = variant.measure(batch, teacher), totals[text]
+            totals[text] = found if before is None else jax.tree.map(np.add, before, found)
+
+    table = Table(title=f"held out, after {args.updates} updates", box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("variant", "loss", "agreement by depth", "alpha by depth", "tau, greedy", "tau, sampled"):
+        table.add_column(name)
+    results = []
+    for text, total in totals.items():
+        assert total is not None
+        m = total.means()
+        results.append({"variant": text, "head": dataclasses.asdict(recipes[text].head), **m})
+        by_depth = (" ".join(f"{x:.3f}" for x in m[name]) for name in ("loss_by_depth", "match", "alpha"))
+        table.add_row(text, *by_depth, f"{m['tau_greedy']:.3f}", f"{m['tau_sampled']:.3f}")
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    tokens = args.updates * base.run.rows * base.data.pack_length
+    result = dict(
+        script="compare_heads", **about, recipe=args.recipe, updates=args.updates, tokens=tokens, results=results
+    )
+    if args.out:
+        write_result(args.out, result)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
