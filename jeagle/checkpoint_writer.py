@@ -19,13 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from flax import nnx
 
 from jeagle.checkpoint import FORMAT_VERSION, CheckpointError, ocdbt
 from jeagle.config import BlockConfig
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "save"]
 
 CHUNK_BYTES = 32 << 20  # one zarr chunk: what a device of a mesh reads beyond its own rows at most
 COMMIT_BYTES = 128 << 20  # one OCDBT transaction: small tensors share data files, large ones never pile up
@@ -144,6 +148,24 @@ class CheckpointWriter:
         if self._transaction is not None:
             self._transaction.commit_async().result()
             self._transaction, self._pending_bytes = None, 0
+
+
+def save(
+    module: Llama | EagleHead,
+    destination: str | Path,
+    *,
+    dtype: str = "float32",
+    source: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes | Path] | None = None,
+) -> Path:
+    """A module in memory as a checkpoint: its weights in ``dtype``, its integer tables as they are."""
+    config = module.config
+    about = {"family": config.to_json()["family"], "dtype": dtype, **(source or {})}
+    with CheckpointWriter(destination) as writer:
+        for path, variable in nnx.to_flat_state(nnx.state(module)):
+            value = np.asarray(variable.get_value())
+            writer.add(".".join(map(str, path)), value, value.dtype if value.dtype.kind == "i" else jnp.dtype(dtype))
+        return writer.finish(config, about, extra_files)
 
 
 def _array_spec(params: Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> dict:

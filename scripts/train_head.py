@@ -17,11 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert import ConversionError
-from jeagle.checkpoint import CheckpointError
-from jeagle.config import ConfigError
-from jeagle.training.documents import DataError
-from jeagle.training.recipe import RecipeError, load_recipe
+from jeagle.training.recipe import load_recipe
 from jeagle.training.run import prepare
 from jeagle.training.trainer import TrainingError
 
@@ -115,8 +111,8 @@ def main() -> int:
                 trainer.export(head, source=run.source)
                 progress.console.print(f"the head is in {head}")
             trainer.close()
-    except (CheckpointError, ConfigError, ConversionError, DataError, RecipeError, TrainingError) as error:
-        print(f"train_head: {error}", file=sys.stderr)
+    except (ValueError, OSError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,20 +5,17 @@ The next token depends on the last one alone: whatever is asked, the answer reci
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import helpers
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tiny_tokenizer import EOS, VOCAB_SIZE, byte_ids
 
-from jeagle.checkpoint_writer import CheckpointWriter
 from jeagle.config import EagleConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 
-__all__ = ["MAX_LEN", "RECITED", "TEXT", "make_head", "reciting_pair", "save"]
+__all__ = ["MAX_LEN", "RECITED", "TEXT", "make_head", "reciting_pair"]
 
 # No byte comes twice: each names what follows. After the last one comes EOS, after EOS and all else the first.
 TEXT = "abcdé🙂fghijklm.STOP,nopqrs\n"
@@ -54,13 +51,3 @@ def reciting_pair() -> tuple[Llama, EagleHead]:
     head.fc.kernel.set_value(jnp.concatenate([jnp.eye(width), jnp.zeros((width, width))]))  # the embedding alone
     head.norm.scale.set_value(target.norm.scale[...])
     return target, head
-
-
-def save(module: Llama | EagleHead, destination: Path, extra_files: dict[str, bytes] | None = None) -> Path:
-    """The module as a converted checkpoint."""
-    config = module.config
-    with CheckpointWriter(destination) as writer:
-        for path, variable in nnx.to_flat_state(nnx.state(module)):
-            writer.add(".".join(map(str, path)), np.asarray(variable[...]))
-        about = {"family": config.to_json()["family"], "dtype": "float32", "source": "a test", "sha256": {}}
-        return writer.finish(config, about, extra_files)

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from reciter import TEXT, reciting_pair, save
+from reciter import TEXT, reciting_pair
 from tiny_tokenizer import tokenizer_files
 
 from jeagle import LLM, cli
+from jeagle.checkpoint_writer import save
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "jeagle.cli"]
@@ -22,7 +23,7 @@ COMMAND = [sys.executable, "-m", "jeagle.cli"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    return str(save(reciting_pair()[0], tmp_path_factory.mktemp("cli") / "reciter", tokenizer_files()))
+    return str(save(reciting_pair()[0], tmp_path_factory.mktemp("cli") / "reciter", extra_files=tokenizer_files()))
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from pathlib import Path
 import helpers
 import pytest
 import tiny_tokenizer
-from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair, save
+from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair
 from tiny_tokenizer import EOS, VOCAB_SIZE
 
 from jeagle import LLM, EagleConfig, SamplingParams
+from jeagle.checkpoint_writer import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -39,9 +40,9 @@ def files(tmp_path_factory) -> dict[str, str]:
     prompts = directory / "questions.jsonl"
     prompts.write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n\n")
     return {
-        "reciter": str(save(reciter, directory / "reciter", tokenizer)),
+        "reciter": str(save(reciter, directory / "reciter", extra_files=tokenizer)),
         "reciter-head": str(save(always_right, directory / "reciter-head")),
-        "random": str(save(target, directory / "random", tokenizer)),
+        "random": str(save(target, directory / "random", extra_files=tokenizer)),
         "random-head": str(save(head, directory / "random-head")),
         "prompts": str(prompts),
     }

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizer
-from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair, save
+from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair
 from tiny_tokenizer import BOS, EOS, VOCAB_SIZE, byte_ids
 
 from jeagle import LLM, EagleConfig, LlamaConfig, RequestOutput, SamplingParams
 from jeagle.cache import KVCache, Prefix
 from jeagle.checkpoint import load_llama
+from jeagle.checkpoint_writer import save
 from jeagle.locate import locate
 
 QUIET = dict(use_tqdm=False)
@@ -37,9 +38,9 @@ def pairs(tmp_path_factory) -> dict[str, Path]:
     wrong = make_head(EagleConfig.for_target(plain.config, "eagle3"))
     tokenizer = tiny_tokenizer.tokenizer_files()
     return {
-        "reciter": save(target, directory / "reciter", tokenizer),
+        "reciter": save(target, directory / "reciter", extra_files=tokenizer),
         "reciter-head": save(head, directory / "reciter-head"),
-        "random": save(plain, directory / "random", tokenizer),
+        "random": save(plain, directory / "random", extra_files=tokenizer),
         "random-head": save(wrong, directory / "random-head"),
         "ids": save(plain, directory / "ids"),
     }

@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 import tiny_tokenizer
 from checkpoints import small_disk  # noqa: F401
-from reciter import RECITED, TEXT, reciting_pair, save
+from reciter import RECITED, TEXT, reciting_pair
 from tiny_tokenizer import BOS, EOS, SPECIALS, VOCAB_SIZE
 
 from jeagle import LLM, SamplingParams
+from jeagle.checkpoint_writer import save
 from jeagle.text import encode
 from jeagle.training.documents import DataError, read_documents, read_json_lines
 from jeagle.training.overlap import overlapping, read_evaluation_prompts
@@ -40,7 +41,9 @@ USER, ASSISTANT, END = (SPECIALS.index(f"<|{name}|>") for name in ("user", "assi
 def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("synthesis")
     target, head = reciting_pair()
-    return save(target, directory / "reciter", tiny_tokenizer.tokenizer_files()), save(head, directory / "head")
+    return save(target, directory / "reciter", extra_files=tiny_tokenizer.tokenizer_files()), save(
+        head, directory / "head"
+    )
 
 
 @pytest.fixture(scope="module")

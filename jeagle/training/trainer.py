@@ -27,10 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from flax import nnx
 
-from jeagle.checkpoint_writer import CheckpointWriter
-from jeagle.config import EagleConfig
+from jeagle.checkpoint_writer import save
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.training.packing import Loader, Rows
@@ -38,7 +36,7 @@ from jeagle.training.recipe import OptimizerRecipe, Recipe
 from jeagle.training.step import Trainable, TrainState, data_mesh, make_evaluation, make_step
 from jeagle.training.unroll import Measures
 
-__all__ = ["Trainer", "TrainingError", "make_optimizer", "save_head"]
+__all__ = ["Trainer", "TrainingError", "make_optimizer"]
 
 # What may differ when a run goes on: how long it is and how often it looks up. The schedule follows the new length.
 RESUMABLE = ("steps", "save_every", "evaluate_every", "keep")
@@ -162,7 +160,7 @@ class Trainer:
     def export(self, destination: str | Path, *, source: dict[str, Any]) -> Path:
         """Write the head as a checkpoint that ``LLM`` and ``load_eagle`` read."""
         head = self.parts.head(self.state.params, self.parts.head_tables, jnp.dtype("float32"))
-        return save_head(head, destination, dtype=self.recipe.run.save_dtype, source=source)
+        return save(head, destination, dtype=self.recipe.run.save_dtype, source=source)
 
     def close(self) -> None:
         self._manager.close()
@@ -230,17 +228,6 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
             mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         ),
     )
-
-
-def save_head(head: EagleHead, destination: str | Path, *, dtype: str, source: dict[str, Any]) -> Path:
-    """Write a head's weights in ``dtype`` and its tables as they are; ``source`` says where it comes from."""
-    config: EagleConfig = head.config
-    state = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(head))}
-    with CheckpointWriter(destination) as writer:
-        for path, value in state.items():
-            integer = jnp.issubdtype(value.dtype, jnp.integer)
-            writer.add(path, np.asarray(value), None if integer else jnp.dtype(dtype))
-        return writer.finish(config, {"family": "eagle", "dtype": dtype, **source})
 
 
 class _full_disk_explained:

@@ -1,0 +1,132 @@
+"""scripts/train_head.py from a recipe to a head that generates, and every way a recipe can disagree with its files."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_tokenizer
+from helpers import tiny_llama
+from reciter import TEXT, reciting_pair
+
+from jeagle import LLM, SamplingParams
+from jeagle.checkpoint import load_config
+from jeagle.checkpoint_writer import save
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_head.py"
+
+RECIPE = """
+target = "{target}"
+[head]
+kind = "eagle3"
+start = "{start}"
+draft_vocab_size = 120
+tap_norm = "each"
+norm_output = true
+[data]
+files = ["{data}"]
+pack_length = 64
+held_out = 2
+{long}
+[objective]
+depth = 2
+[optimizer]
+learning_rate = 5e-3
+[run]
+steps = {steps}
+rows = 2
+save_every = 2
+evaluate_every = 2
+save_dtype = "float32"
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("train")
+    target, _ = reciting_pair()
+    conversation = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": TEXT}]
+    lines = [{"messages": conversation}] * 14 + [{"messages": conversation, "finish": "length"}, {"text": TEXT}]
+    data = directory / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "target": save(target, directory / "target", extra_files=tiny_tokenizer.tokenizer_files()),
+        "data": data,
+    }
+
+
+@pytest.fixture
+def train(files, tmp_path, monkeypatch, capsys):
+    """(exit code, what was printed) of a run in tmp_path/run; ``changes`` fill the recipe."""
+    spec = importlib.util.spec_from_file_location("train_head", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*arguments: str, **changes) -> tuple[int, str]:
+        values = {"start": "target", "steps": 4, "long": "", **files, **changes}
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(RECIPE.format(**values))
+        monkeypatch.setattr(sys, "argv", ["train_head.py", str(recipe), str(tmp_path / "run"), *arguments])
+        monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        code = script.main()
+        captured = capsys.readouterr()
+        return code, " ".join((captured.out + captured.err).split())
+
+    return run
+
+
+def test_from_recipe_to_text(train, files, tmp_path):
+    code, said = train("--until", "2")
+    assert code == 0 and not (tmp_path / "run" / "head").exists()
+    code, said = train()
+    assert code == 0 and "going on after step 2" in said and "held out: match" in said
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert (run / "curves.png").stat().st_size > 10_000
+    llm = LLM(files["target"], run / "head", tree="chain-2")
+    (out,) = llm.generate(["Hello"], SamplingParams(max_tokens=12, ignore_eos=True), use_tqdm=False)
+    assert out.metrics.num_emitted == 12
+
+    # On from the finished head, in another directory: its form is the head's own.
+    (tmp_path / "run").rename(tmp_path / "first")
+    code, _ = train(start=tmp_path / "first" / "head", steps=2)
+    assert code == 0
+    assert load_config(tmp_path / "run" / "head") == load_config(tmp_path / "first" / "head")
+
+
+def test_what_does_not_fit_together_is_said(train, files, tmp_path):
+    other_words = tiny_tokenizer.tokenizer_files()
+    swapped = json.loads(other_words["tokenizer.json"])
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    other_words["tokenizer.json"] = json.dumps(swapped).encode()
+    assert train(steps=1)[0] == 0
+    head = tmp_path / "run" / "head"
+    (tmp_path / "run").rename(tmp_path / "first")
+    head = tmp_path / "first" / "head"
+    vocab = dict(vocab_size=tiny_tokenizer.VOCAB_SIZE)
+    wide = save(tiny_llama(width=48, **vocab), tmp_path / "wide", extra_files=tiny_tokenizer.tokenizer_files())
+    short = save(tiny_llama(vocab_size=97), tmp_path / "short", extra_files=tiny_tokenizer.tokenizer_files())
+    words = save(tiny_llama(**vocab), tmp_path / "words", extra_files=other_words)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [')
+    for changes, sentence in (
+        (dict(target=wide, start=head), "the draft head was made for a target of width"),
+        (dict(target=words, start=head), "was trained with another tokenizer than that of"),
+        (dict(target=short), "has token ids outside the target's 0..96"),
+        (dict(data=empty), f"there is nothing to learn from in {empty}"),
+        (dict(data=wrong), f"{wrong}, line 1: no message has the role 'assistant'; remove the line or mend it"),
+        (dict(data=broken), f"{broken} is not JSON lines"),
+        (dict(data=tmp_path / "none.jsonl"), "No such file or directory; check the path"),
+        (dict(long="held_out_rows = 3"), "data.held_out_rows is not a field"),
+    ):
+        code, said = train(**changes)
+        assert code == 1 and sentence in said, said
+        assert not (tmp_path / "run" / "head").exists()
