@@ -1,6 +1,6 @@
 """scripts/train_head.py from a recipe to a head that generates, and every way a recipe can disagree with its files."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from jeagle import LLM, SamplingParams
 from jeagle.checkpoint import load_config
 from jeagle.checkpoint_writer import save
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_head.py"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 RECIPE = """
 target = "{target}"
@@ -58,23 +58,26 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def train(files, tmp_path, monkeypatch, capsys):
-    """(exit code, what was printed) of a run in tmp_path/run; ``changes`` fill the recipe."""
-    spec = importlib.util.spec_from_file_location("train_head", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def call(files, tmp_path, monkeypatch, capsys):
+    """(exit code, what was printed) of a script given the recipe, which ``changes`` fill, and further arguments."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
 
-    def run(*arguments: str, **changes) -> tuple[int, str]:
-        values = {"start": "target", "steps": 4, "long": "", **files, **changes}
+    def run(name: str, *arguments: object, **changes) -> tuple[int, str]:
         recipe = tmp_path / "recipe.toml"
-        recipe.write_text(RECIPE.format(**values))
-        monkeypatch.setattr(sys, "argv", ["train_head.py", str(recipe), str(tmp_path / "run"), *arguments])
-        monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
-        code = script.main()
+        recipe.write_text(RECIPE.format(**{"start": "target", "steps": 4, "long": "", **files, **changes}))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", str(recipe), *map(str, arguments)])
+        code = importlib.import_module(name).main()
         captured = capsys.readouterr()
         return code, " ".join((captured.out + captured.err).split())
 
     return run
+
+
+@pytest.fixture
+def train(call, tmp_path):
+    """train_head.py into tmp_path/run."""
+    return lambda *arguments, **changes: call("train_head", tmp_path / "run", *arguments, **changes)
 
 
 def test_from_recipe_to_text(train, files, tmp_path):
@@ -130,3 +133,20 @@ def test_what_does_not_fit_together_is_said(train, files, tmp_path):
         code, said = train(**changes)
         assert code == 1 and sentence in said, said
         assert not (tmp_path / "run" / "head").exists()
+
+
+def test_variants_side_by_side(call, tmp_path):
+    out = tmp_path / "compared.json"
+    variants = ("head.taps = [0, 1]", "head.taps = [1, 2]\nobjective.loss = 'lk'")
+    code, said = call("compare_heads", *variants, "--updates", "3", "--out", out)
+    assert code == 0 and "tau, greedy" in said
+    results = json.loads(out.read_text())["results"]
+    assert [r["variant"] for r in results] == list(variants)
+    assert results[0]["loss_by_depth"] != results[1]["loss_by_depth"]
+    for wrong, sentence in (
+        ("run.steps = 3", "changes run; it may change head, objective, optimizer"),
+        ("head.tops = [0]", "head.tops is not a field"),
+        ("head.taps = ", "is not TOML"),
+    ):
+        code, said = call("compare_heads", wrong)
+        assert code == 1 and sentence in said

@@ -79,8 +79,11 @@ def make_step(
     mesh: Mesh,
     dtype: jnp.dtype,
 ) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Any]]]:
-    """``step(state, rows) -> (state, report)``; report holds the summed ``Measures``, every update's loss [echo * U]
-    and the largest gradient norm. ``dtype`` is what the head computes in."""
+    """``step(state, rows) -> (state, report)``; ``dtype`` is what the head computes in.
+
+    report: ``Measures`` summed over the first pass (rows that an echo shows again look better than they are), the loss
+    of every update [echo * U], and the largest gradient norm.
+    """
 
     def update(target: Llama, tables: Any, carry, chosen):
         params, opt_state = carry
@@ -122,7 +125,7 @@ def make_step(
         carry, (loss_U, measures, norm_U) = jax.lax.scan(one, (state.params, state.opt_state), (order, keys))
         report = {
             "loss": loss_U,
-            "measures": jax.tree.map(lambda x: jnp.sum(x, axis=0), measures),
+            "measures": jax.tree.map(lambda x: jnp.sum(x[:U], axis=0), measures),
             "grad_norm": jnp.max(norm_U),
         }
         return TrainState(*carry, state.step + 1), report

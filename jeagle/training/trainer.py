@@ -13,12 +13,14 @@ are those of a run that was never stopped, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ class Trainer:
         self._evaluate = make_evaluation(self.parts, objective, mesh=self.mesh, dtype=dtype)
         replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
         self.state = jax.device_put(TrainState(params, optimizer.init(params), jnp.int32(0)), replicated)
-        with _full_disk_explained(self.directory, 0):
+        with _explained(self.directory, 0):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._agree({"recipe": recipe.to_json(), **identity})
             self._manager = ocp.CheckpointManager(
@@ -124,7 +126,7 @@ class Trainer:
                 {
                     "step": step + 1,
                     "epoch": round((step + 1) / self.loader.steps_per_epoch, 4),
-                    "loss": float(np.mean(report["loss"])),
+                    "loss": float(np.mean(report["loss"][: run.updates])),
                     **Measures(*report["measures"]).means(),
                     "grad_norm": float(report["grad_norm"]),
                     "tokens": tokens,
@@ -152,7 +154,7 @@ class Trainer:
         step = self.step
         if step == self.saved:
             return
-        with _full_disk_explained(self.directory, self.saved):
+        with _explained(self.directory, self.saved):
             self._manager.save(step, args=ocp.args.StandardSave(_as_dict(self.state)))
             self._manager.wait_until_finished()
         self.saved = step
@@ -172,9 +174,9 @@ class Trainer:
     def _agree(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with a directory that another run made."""
         path = self.directory / "run.json"
-        identity = json.loads(json.dumps(identity))
+        text = json.dumps(identity, indent=1) + "\n"
         if path.exists():
-            old, new = json.loads(path.read_text()), json.loads(json.dumps(identity))
+            old, new = json.loads(path.read_text()), json.loads(text)
             for run in (old, new):
                 for name in RESUMABLE:
                     run["recipe"]["run"].pop(name, None)
@@ -184,7 +186,7 @@ class Trainer:
                     f"{self.directory} holds a run with another {difference}; train into another directory, or remove "
                     "this one"
                 )
-        _replace(path, json.dumps(identity, indent=1) + "\n")
+        _replace(path, text)
 
     def _check_finite(self, step: int, report: dict[str, Any]) -> None:
         bad = ~np.isfinite(report["loss"])
@@ -196,7 +198,7 @@ class Trainer:
             )
 
     def _write(self, line: dict[str, Any]) -> None:
-        with _full_disk_explained(self.directory, self.saved), (self.directory / "metrics.jsonl").open("a") as file:
+        with _explained(self.directory, self.saved), (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.on_report(line)
 
@@ -230,23 +232,18 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
     )
 
 
-class _full_disk_explained:
-    """Any OSError (and Orbax's ValueErrors that quote one) as one sentence that says what is safe."""
-
-    def __init__(self, directory: Path, saved: int):
-        self.directory, self.saved = directory, saved
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        text = f"{error}"
-        if isinstance(error, OSError) or (isinstance(error, ValueError) and os.strerror(28) in text):
-            safe = f"the checkpoint of step {self.saved} is good" if self.saved else "no checkpoint was made yet"
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else text.splitlines()[0]
-            raise TrainingError(
-                f"cannot write in {self.directory}: {reason}; {safe}: make room and run again"
-            ) from error
+@contextlib.contextmanager
+def _explained(directory: Path, saved: int) -> Iterator[None]:
+    """Turn what the disk says, directly or through Orbax (whose ValueErrors quote it), into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        full = os.strerror(errno.ENOSPC)
+        if not isinstance(error, OSError) and full not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or (full if full in str(error) else error)
+        safe = f"the checkpoint of step {saved} is good" if saved else "no checkpoint was made yet"
+        raise TrainingError(f"cannot write in {directory}: {reason}; {safe}: make room and run again") from error
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
