@@ -16,7 +16,7 @@ from flax import nnx
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import EagleConfig
-from jeagle.layers import Block, LayerAttend, Linear, RMSNorm, rope_angles
+from jeagle.layers import Block, LayerAttend, Linear, RMSNorm, by_rows, rope_angles
 from jeagle.llama import Llama
 
 __all__ = ["EagleHead", "HeadForward", "TokenMap"]
@@ -152,4 +152,5 @@ class EagleHead(nnx.Module):
         """LM head over [..., D], float32 [..., W] in the draft vocabulary."""
         if self.lm_head is None:
             return target.logits(hidden)
-        return jnp.einsum("...D,DW->...W", hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+        weights = self.lm_head[...]
+        return by_rows(lambda x: jnp.einsum("...D,DW->...W", x, weights, preferred_element_type=jnp.float32), hidden)

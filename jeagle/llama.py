@@ -16,7 +16,7 @@ from flax import nnx
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import LlamaConfig
-from jeagle.layers import Block, LayerAttend, RMSNorm, rope_angles
+from jeagle.layers import Block, LayerAttend, RMSNorm, by_rows, rope_angles
 
 __all__ = ["Forward", "Llama"]
 
@@ -90,5 +90,7 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM head over [..., D], float32 [..., V]."""
         if self.lm_head is None:
-            return jnp.einsum("...D,VD->...V", hidden, self.embed[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...D,DV->...V", hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+            weights, subscripts = self.embed[...], "...D,VD->...V"
+        else:
+            weights, subscripts = self.lm_head[...], "...D,DV->...V"
+        return by_rows(lambda x: jnp.einsum(subscripts, x, weights, preferred_element_type=jnp.float32), hidden)
