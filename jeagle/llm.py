@@ -283,7 +283,7 @@ class LLM:
 
 
 def _auto_tree() -> str:
-    """On a CPU a second row costs a tenth of a step and a fourth half a step (README, Numbers): one draft pays first."""
+    """On a CPU the second row of a verification costs far less than the third and fourth (README, Numbers)."""
     return "chain-1" if jax.default_backend() == "cpu" else "chain-3"
 
 
