@@ -127,7 +127,7 @@ def test_what_does_not_fit_together_is_said(train, files, tmp_path):
         (dict(data=empty), f"there is nothing to learn from in {empty}"),
         (dict(data=wrong), f"{wrong}, line 1: no message has the role 'assistant'; remove the line or mend it"),
         (dict(data=broken), f"{broken} is not JSON lines"),
-        (dict(data=tmp_path / "none.jsonl"), "No such file or directory; check the path"),
+        (dict(data=tmp_path / "none.jsonl"), "(No such file or directory); check the path"),
         (dict(long="held_out_rows = 3"), "data.held_out_rows is not a field"),
     ):
         code, said = train(**changes)
