@@ -153,4 +153,5 @@ class EagleHead(nnx.Module):
         if self.lm_head is None:
             return target.logits(hidden)
         weights = self.lm_head[...]
-        return by_rows(lambda x: jnp.einsum("...D,DW->...W", x, weights, preferred_element_type=jnp.float32), hidden)
+        product = partial(jnp.einsum, "...D,DW->...W", preferred_element_type=jnp.float32)
+        return by_rows(lambda x: product(x, weights), hidden, weights)

@@ -23,18 +23,19 @@ LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # the
 Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
 
 
-ROWS_APART = 4  # float32 rows that a CPU multiplies one by one
+ROWS_APART = 4  # float32 rows that a CPU multiplies one by one ..
+LARGE = 1 << 16  # .. with weights of at least so many numbers: programs take longer to compile, so it must be worth it
 
 
-def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """``product(x)``, x [..., n], for a product with weights that treats every row alike.
+def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, weights: jax.Array) -> jax.Array:
+    """``product(x)``, x [..., n], for a product with ``weights`` that treats every row alike.
 
     On a CPU, 2 to ROWS_APART rows are multiplied one by one. XLA:CPU streams the weights through a matrix-vector
     product but repacks them for a matrix-matrix one, which costs more than reading them from the cache again for each
     row (scripts/bench_decode.py: verifying 2 and 4 nodes went from 1.39 and 2.03 plain steps to 1.08 and 1.65).
     """
     rows = x.reshape(-1, x.shape[-1])
-    if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32:
+    if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32 or weights.size < LARGE:
         return product(x)
 
     def apart(x: jax.Array) -> jax.Array:
@@ -109,7 +110,7 @@ class Linear(nnx.Module):
         width = math.prod(kernel.shape[: self.num_inputs])
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], width)
         kernel = kernel.reshape(width, *kernel.shape[self.num_inputs :])
-        y = by_rows(lambda x: jnp.tensordot(x, kernel, axes=1), x)
+        y = by_rows(lambda x: jnp.tensordot(x, kernel, axes=1), x, kernel)
         return y if self.bias is None else y + self.bias[...]
 
 

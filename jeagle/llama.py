@@ -93,4 +93,5 @@ class Llama(nnx.Module):
             weights, subscripts = self.embed[...], "...D,VD->...V"
         else:
             weights, subscripts = self.lm_head[...], "...D,DV->...V"
-        return by_rows(lambda x: jnp.einsum(subscripts, x, weights, preferred_element_type=jnp.float32), hidden)
+        product = partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+        return by_rows(lambda x: product(x, weights), hidden, weights)
