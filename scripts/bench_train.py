@@ -44,11 +44,12 @@ from jeagle.config import LlamaConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
+from jeagle.sharding import data_mesh
 from jeagle.training import unroll
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Rows
 from jeagle.training.recipe import Recipe, load_recipe
-from jeagle.training.step import Trainable, TrainState, data_mesh, make_step
+from jeagle.training.step import Trainable, TrainState, make_step
 from jeagle.training.trainer import make_optimizer
 from jeagle.training.unroll import learn, num_learnt, teach
 

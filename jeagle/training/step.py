@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.sharding import replicated, split_rows
 from jeagle.training.packing import Rows
 from jeagle.training.unroll import Measures, Objective, learn, num_learnt, teach
 
-__all__ = ["TrainState", "Trainable", "data_mesh", "make_evaluation", "make_step"]
+__all__ = ["TrainState", "Trainable", "make_evaluation", "make_step"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,12 +62,6 @@ class Trainable:
 
     def head(self, params: Any, tables: Any, dtype: jnp.dtype) -> EagleHead:
         return nnx.merge(self.head_def, jax.tree.map(lambda x: x.astype(dtype), params), tables)
-
-
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices along one axis, ``data``."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def make_step(
@@ -130,15 +125,9 @@ def make_step(
         }
         return TrainState(*carry, state.step + 1), report
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(None, None, "data"))
-    jitted = jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(replicated, replicated, replicated, split),
-        out_shardings=replicated,
-    )
-    target_params, tables = jax.device_put((parts.target_params, parts.head_tables), replicated)
+    whole, split = replicated(mesh), split_rows(mesh, axis=2)
+    jitted = jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, whole, split), out_shardings=whole)
+    target_params, tables = jax.device_put((parts.target_params, parts.head_tables), whole)
     return lambda state, rows: jitted(state, target_params, tables, jax.device_put(rows, split))
 
 
@@ -152,7 +141,7 @@ def make_evaluation(
         count_K = num_learnt(rows, objective.depth)
         return learn(head, target, rows, teach(target, head, rows, objective.top_k), count_K, objective)[1]
 
-    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    jitted = jax.jit(evaluate, in_shardings=(replicated, replicated, replicated, split), out_shardings=replicated)
-    target_params, tables = jax.device_put((parts.target_params, parts.head_tables), replicated)
+    whole, split = replicated(mesh), split_rows(mesh)
+    jitted = jax.jit(evaluate, in_shardings=(whole, whole, whole, split), out_shardings=whole)
+    target_params, tables = jax.device_put((parts.target_params, parts.head_tables), whole)
     return lambda params, rows: jitted(params, target_params, tables, jax.device_put(rows, split))

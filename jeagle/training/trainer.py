@@ -33,9 +33,10 @@ import orbax.checkpoint as ocp
 from jeagle.checkpoint_writer import save
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.sharding import data_mesh, replicated
 from jeagle.training.packing import Loader, Rows
 from jeagle.training.recipe import OptimizerRecipe, Recipe
-from jeagle.training.step import Trainable, TrainState, data_mesh, make_evaluation, make_step
+from jeagle.training.step import Trainable, TrainState, make_evaluation, make_step
 from jeagle.training.unroll import Measures
 
 __all__ = ["Trainer", "TrainingError", "make_optimizer"]
@@ -91,8 +92,7 @@ class Trainer:
             self.parts, optimizer, objective, echo=run.echo, seed=run.seed, mesh=self.mesh, dtype=dtype
         )
         self._evaluate = make_evaluation(self.parts, objective, mesh=self.mesh, dtype=dtype)
-        replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        self.state = jax.device_put(TrainState(params, optimizer.init(params), jnp.int32(0)), replicated)
+        self.state = jax.device_put(TrainState(params, optimizer.init(params), jnp.int32(0)), replicated(self.mesh))
         with _explained(self.directory, 0):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._agree({"recipe": recipe.to_json(), **identity})

@@ -13,7 +13,7 @@ At row index i, step k stands for the draft of depth k+1 made when position i wa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -162,14 +162,13 @@ def learn(
 
     loss = jnp.float32(0)
     reach_BT = jnp.ones(rows.token_BT.shape, jnp.float32)
-    everywhere_BT = _learnt(rows, o.depth - 1)  # where the whole chain can be judged
-    for k in range(o.depth):
-        everywhere_BT &= _learnt(rows, k)
+    learnt = [_learnt(rows, k) for k in range(o.depth)]
+    everywhere_BT = reduce(jnp.logical_and, learnt)  # where the whole chain can be judged
     chain_alpha_BT = chain_match_BT = everywhere_BT.astype(jnp.float32)
     total_weight = sum(o.decay**k for k in range(o.depth))
     sums = []
     for k, (feature_BTD, hidden_BTD) in enumerate(unroll(head, target, rows, feature_BTX, o.depth)):
-        learnt_BT = _learnt(rows, k)
+        learnt_BT = learnt[k]
         error_BT, alpha_BT, match_BT, inside_BT = compare(hidden_BTD, feature_BTD, k)
         weight_BT = learnt_BT * inside_BT * reach_BT
         # where, not times: what stands in padding may be anything, and 0 * inf is NaN.
@@ -205,15 +204,13 @@ def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, fe
     draft_best = jnp.argmax(logits_BTW, axis=-1)
     if p_BTW is not None:
         p = p_BTW[:, ahead]
-        token_error, alpha = o.loss(p, log_q), acceptance(p, log_q)
     else:
         assert teacher.top_p_BTk is not None and teacher.top_id_BTk is not None and teacher.covered_BT is not None
         top_p, covered = teacher.top_p_BTk[:, ahead], teacher.covered_BT[:, ahead]
         rest = jnp.maximum(covered - jnp.sum(top_p, axis=-1), 0.0)
         p = jnp.concatenate([top_p, rest[..., None]], axis=-1)
         log_q = lump(log_q, teacher.top_id_BTk[:, ahead])
-        token_error, alpha = o.loss(p, log_q), acceptance(p, log_q)
-    error = o.token_weight * token_error
+    error, alpha = o.token_weight * o.loss(p, log_q), acceptance(p, log_q)
     if o.feature_weight:
         error += o.feature_weight * smooth_l1(feature_BTD[:, : T - k - 1], teacher.hidden_BTD[:, ahead])
     best = teacher.best_BT[:, ahead]
