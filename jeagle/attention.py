@@ -11,12 +11,16 @@ from collections.abc import Callable
 import jax
 
 from jeagle.cache import Prefix
-from pallas_kernels import tree_attention_xla
+from pallas_kernels import tree_attention_pallas, tree_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
 
-# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B) -> out_BTKGH
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": tree_attention_xla.tree_attention}
+# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B)
+#           -> (out_BTKGH, lse_BTKG); tree_attention_xla.py says what each is.
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "xla": tree_attention_xla.tree_attention,
+    "pallas": tree_attention_pallas.tree_attention,
+}
 
 
 def resolve(name: str) -> str:
@@ -49,4 +53,7 @@ def attend(
     (arXiv:2508.08192, tree attention). A query that sees nothing gets zeros.
     """
     compute = IMPLEMENTATIONS[resolve(implementation)]
-    return compute(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, *layer, prefix.page_table_BM, prefix.start_B, prefix.length_B)
+    out_BTKGH, _ = compute(
+        q_BTKGH, k_BUKH, v_BUKH, suffix_mask, *layer, prefix.page_table_BM, prefix.start_B, prefix.length_B
+    )
+    return out_BTKGH

@@ -5,8 +5,7 @@ pass walks the paged cache in blocks with an online softmax (FlashAttention-2, A
 no mask but each row's length; the suffix pass is one small masked softmax over the new positions.
 
 Traffic per call: the visible part of the cache once (plus the gathered copy of one block, which stays in a CPU's
-cache),
-never the whole capacity: the number of blocks walked follows the longest row.
+cache), never the whole capacity: the number of blocks walked follows the longest row.
 """
 
 from __future__ import annotations
@@ -32,10 +31,19 @@ def tree_attention(
     page_table_BM: jax.Array,
     start_B: jax.Array,
     length_B: jax.Array,
-) -> jax.Array:
-    """Softmax attention over cache positions [start, length) and the masked suffix. See ``jeagle.attention.attend``.
+    scales: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention over cache positions [start, length) and the masked suffix.
 
-    pages_k, pages_v: [K, num_pages, page_size, H]. Slots outside [start, length) may hold anything, NaN included.
+    Args:
+      q_BTKGH: queries, rotated, not yet scaled. k_BUKH, v_BUKH: the suffix's keys and values.
+      suffix_mask: bool [B or 1, T, U].
+      pages_k, pages_v: [K, num_pages, page_size, H]. Slots outside [start, length) may hold anything, NaN included.
+      scales: of 8-bit pages: float32 [K, num_pages, page_size] for keys and for values; a cached vector is what the page
+        holds times its scale.
+
+    Returns (out_BTKGH in q's dtype, natural log-sum-exp of the scaled scores, lse_BTKG float32). A query that sees
+    nothing gets zeros and -inf.
     """
     # Ties the gathers below to this layer's queries: nothing else orders them, and XLA would run every layer's at once,
     # which costs a second cache.
@@ -43,12 +51,12 @@ def tree_attention(
     q_KBTGH = jnp.moveaxis(q_BTKGH, 2, 0) * jnp.asarray(q_BTKGH.shape[-1] ** -0.5, q_BTKGH.dtype)
     k_KBUH, v_KBUH = jnp.moveaxis(k_BUKH, 2, 0), jnp.moveaxis(v_BUKH, 2, 0)
     suffix = _softmax(q_KBTGH, k_KBUH, v_KBUH, suffix_mask[None, :, :, None, :])
-    prefix = _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B)
-    out_KBTGH, _ = _merge(prefix, suffix)
-    return jnp.moveaxis(out_KBTGH, 0, 2).astype(q_BTKGH.dtype)
+    prefix = _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B, scales)
+    out_KBTGH, lse_KBTG = _merge(prefix, suffix)
+    return jnp.moveaxis(out_KBTGH, 0, 2).astype(q_BTKGH.dtype), jnp.moveaxis(lse_KBTG, 0, 2)
 
 
-def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B) -> Partial:
+def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B, scales) -> Partial:
     page_size, M = pages_k.shape[2], page_table_BM.shape[1]
     pages_per_block = min(M, max(1, BLOCK // page_size))
     block = pages_per_block * page_size
@@ -60,15 +68,22 @@ def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B) ->
         position_S = index * block + jnp.arange(block, dtype=jnp.int32)
         seen_BS = (position_S >= start_B[:, None]) & (position_S < length_B[:, None])
 
-        def gather(pages):  # [K, num_pages, page_size, H] -> [K, B, block, H]
-            K, num_pages, _, H = pages.shape
+        def gather(pages):  # [K, num_pages, page_size, *] -> [K, B, block, *]
+            K, num_pages, _, *rest = pages.shape
             # Rows of a flat [K * num_pages, page_size * H]: XLA:CPU copies whole pages, where a gather along axis 1
             # would also transpose them.
             row_KBJ = jnp.arange(K)[:, None, None] * num_pages + pages_BJ
-            return jnp.take(pages.reshape(-1, page_size * H), row_KBJ, axis=0, mode="clip").reshape(K, -1, block, H)
+            rows = jnp.take(pages.reshape(K * num_pages, -1), row_KBJ, axis=0, mode="clip")
+            return rows.reshape(K, -1, block, *rest)
 
-        v_KBSH = jnp.where(seen_BS[None, :, :, None], gather(pages_v), 0)  # 0 * NaN would be NaN
-        return _softmax(q_KBTGH, gather(pages_k), v_KBSH, seen_BS[None, :, None, None, :])
+        k_KBSH, v_KBSH = gather(pages_k), gather(pages_v)
+        if scales is not None:
+            k_KBSH, v_KBSH = (
+                (x.astype(jnp.float32) * gather(scale)[..., None]).astype(q_KBTGH.dtype)
+                for x, scale in zip((k_KBSH, v_KBSH), scales, strict=True)
+            )
+        v_KBSH = jnp.where(seen_BS[None, :, :, None], v_KBSH, 0)  # 0 * NaN would be NaN
+        return _softmax(q_KBTGH, k_KBSH, v_KBSH, seen_BS[None, :, None, None, :])
 
     if num_blocks == 1:
         return one_block(0)

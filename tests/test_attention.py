@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jeagle.attention import IMPLEMENTATIONS, attend, resolve
 from jeagle.cache import Prefix
@@ -24,11 +26,12 @@ class Shape:
     U: int = 3
     K: int = 2
     G: int = 2
-    H: int = 8
+    H: int = 16
     page_size: int = 4
     M: int = 5
     mask_rows: int | None = None  # 1: one mask for all rows
     dtype: type = np.float32
+    eight_bit: bool = False  # pages of float8_e4m3fn with scales
 
     @property
     def capacity(self) -> int:
@@ -42,12 +45,17 @@ class Shape:
 SHAPES = {
     "decode": Shape(T=1, U=1, G=1, K=3),
     "tree": Shape(T=7, U=7, G=3),
-    "wider-suffix": Shape(B=2, T=3, U=9, G=4, K=1, H=16),
+    "wider-suffix": Shape(B=2, T=3, U=9, G=4, K=1, H=32),
     "chunk-one-mask": Shape(T=8, U=8, mask_rows=1, page_size=16, M=1),
     # Capacity above the XLA implementation's block of 512 positions: the last block is not full.
     "blocks": Shape(T=3, U=5, K=1, page_size=128, M=9),
     "page-above-block": Shape(T=2, U=2, K=1, page_size=520, M=2),
     "bf16": Shape(T=7, U=7, dtype=jnp.bfloat16),
+    # More rows than one program of a kernel holds, and more pages than one of its splits.
+    "many-rows": Shape(B=2, T=40, U=40, K=1, G=4, page_size=16, M=20),
+    "suffix-above-block": Shape(B=1, T=33, U=70, K=2, G=1),
+    "fp8": Shape(T=7, U=7, G=3, page_size=16, M=4, eight_bit=True),
+    "fp8-bf16": Shape(T=7, U=7, page_size=16, M=4, dtype=jnp.bfloat16, eight_bit=True),
 }
 
 
@@ -63,6 +71,15 @@ class Call:
     table: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    scales: tuple[np.ndarray, np.ndarray] | None = None
+
+    def arguments(self) -> tuple:
+        return (self.q, self.k, self.v, self.mask, *self.layer, self.table, self.start, self.length, self.scales)
+
+    def cached(self) -> list[np.ndarray]:
+        """What the pages mean, in float64."""
+        pages = [p.astype(np.float64) for p in self.layer]
+        return pages if self.scales is None else [p * s[..., None] for p, s in zip(pages, self.scales, strict=True)]
 
 
 def edge_lengths(shape: Shape) -> list[int]:
@@ -86,12 +103,15 @@ def draw(shape: Shape, seed: int, *, share: bool = False, scale: float = 1.0) ->
     if share:
         common = rng.integers(1, shape.M + 1)
         table[:, :common] = table[0, :common]
-    layer = tuple(np.full((K, shape.num_pages, shape.page_size, H), np.nan, shape.dtype) for _ in range(2))
+    stored = jnp.float8_e4m3fn if shape.eight_bit else shape.dtype
+    layer = tuple(np.full((K, shape.num_pages, shape.page_size, H), np.nan, stored) for _ in range(2))
+    scales = tuple(np.full((K, shape.num_pages, shape.page_size), np.nan, np.float32) for _ in range(2))
     for row in range(B):
         for position in range(start[row], length[row]):
             page, slot = table[row, position // shape.page_size], position % shape.page_size
-            for pages in layer:
-                pages[:, page, slot] = normal(K, H)
+            for pages, page_scale in zip(layer, scales, strict=True):
+                pages[:, page, slot] = normal(K, H).astype(stored)
+                page_scale[:, page, slot] = rng.uniform(0.25, 2.0, K)
     # Pages a row has no use for yet: the table may name any.
     for row in range(B):
         unused = -(-length[row] // shape.page_size)
@@ -106,13 +126,15 @@ def draw(shape: Shape, seed: int, *, share: bool = False, scale: float = 1.0) ->
         table.astype(np.int32),
         start.astype(np.int32),
         length.astype(np.int32),
+        scales if shape.eight_bit else None,
     )
 
 
-def dense(call: Call, page_size: int) -> np.ndarray:
-    """Softmax over the row's visible keys, one row, position, and kv head after the other, in float64."""
+def dense(call: Call, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(out, log-sum-exp) over the row's visible keys, one row, position, and kv head after the other, in float64."""
     B, T, K, G, H = call.q.shape
-    out = np.zeros((B, T, K, G, H))
+    out, lse = np.zeros((B, T, K, G, H)), np.full((B, T, K, G), -np.inf)
+    cached = call.cached()
     for row in range(B):
         positions = np.arange(call.start[row], call.length[row])
         page, slot = call.table[row, positions // page_size], positions % page_size
@@ -120,26 +142,32 @@ def dense(call: Call, page_size: int) -> np.ndarray:
             seen = call.mask[row if len(call.mask) > 1 else 0, t]
             for head in range(K):
                 k, v = (
-                    np.concatenate([pages[head, page, slot], new[row, seen, head]]).astype(np.float64)
-                    for pages, new in zip(call.layer, (call.k, call.v))
+                    np.concatenate([pages[head, page, slot], new[row, seen, head].astype(np.float64)])
+                    for pages, new in zip(cached, (call.k, call.v), strict=True)
                 )
                 if not len(k):
                     continue
                 score = call.q[row, t, head].astype(np.float64) @ k.T / np.sqrt(H)
                 weight = np.exp(score - score.max(axis=-1, keepdims=True))
                 out[row, t, head] = weight @ v / weight.sum(axis=-1, keepdims=True)
-    return out
+                lse[row, t, head] = score.max(axis=-1) + np.log(weight.sum(axis=-1))
+    return out, lse
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS), scope="module")
 def compute(request):
     """One compiled function for all calls of one shape."""
+    run = jax.jit(IMPLEMENTATIONS[request.param])
+    return lambda call: run(*call.arguments())
 
-    @jax.jit
-    def run(q, k, v, mask, layer, table, start, length):
-        return attend(q, k, v, mask, layer, Prefix(table, start, length), implementation=request.param)
 
-    return lambda call: run(call.q, call.k, call.v, call.mask, call.layer, call.table, call.start, call.length)
+def assert_equals_dense(compute, call: Call, page_size: int, tolerance: float) -> None:
+    out, lse = compute(call)
+    assert out.dtype == call.q.dtype and out.shape == call.q.shape
+    assert lse.dtype == jnp.float32 and lse.shape == call.q.shape[:-1]
+    expected_out, expected_lse = dense(call, page_size)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected_out, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(np.asarray(lse, np.float64), expected_lse, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -147,12 +175,27 @@ def test_equals_a_dense_softmax(compute, name):
     shape = SHAPES[name]
     tolerance = 2e-2 if shape.dtype == jnp.bfloat16 else 2e-6
     for seed in range(24 if shape.capacity < 100 else 8):
-        call = draw(shape, seed, share=seed % 3 == 2)
-        out = compute(call)
-        assert out.dtype == shape.dtype and out.shape == call.q.shape
-        np.testing.assert_allclose(
-            np.asarray(out, np.float64), dense(call, shape.page_size), atol=tolerance, rtol=tolerance, err_msg=str(seed)
-        )
+        assert_equals_dense(compute, draw(shape, seed, share=seed % 3 == 2), shape.page_size, tolerance)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    shape=st.builds(
+        Shape,
+        B=st.integers(1, 4),
+        T=st.integers(1, 9),
+        U=st.integers(9, 12),
+        K=st.integers(1, 3),
+        G=st.integers(1, 8),
+        page_size=st.sampled_from([2, 5, 16, 64]),
+        M=st.integers(1, 6),
+        mask_rows=st.sampled_from([None, 1]),
+        eight_bit=st.booleans(),
+    ),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_a_dense_softmax_in_any_shape(compute, shape, seed):
+    assert_equals_dense(compute, draw(shape, seed), shape.page_size, 2e-6)
 
 
 @pytest.mark.parametrize("name", ["tree", "blocks"])
@@ -161,7 +204,7 @@ def test_large_scores_neither_overflow_nor_vanish(compute, name):
     shape = SHAPES[name]
     for seed in range(4):
         call = draw(shape, seed, scale=100.0)
-        np.testing.assert_allclose(np.asarray(compute(call)), dense(call, shape.page_size), atol=2e-3)
+        np.testing.assert_allclose(np.asarray(compute(call)[0]), dense(call, shape.page_size)[0], atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["tree", "blocks"])
@@ -170,7 +213,8 @@ def test_a_query_that_sees_nothing_gets_zeros(compute, name):
     call = replace(
         call, mask=np.zeros_like(call.mask), length=np.zeros_like(call.length), start=np.zeros_like(call.start)
     )
-    assert not np.asarray(compute(call)).any()
+    out, lse = compute(call)
+    assert not np.asarray(out).any() and np.all(np.asarray(lse) == -np.inf)
 
 
 def test_a_row_does_not_depend_on_its_company(compute):
@@ -178,8 +222,8 @@ def test_a_row_does_not_depend_on_its_company(compute):
     call = draw(SHAPES["blocks"], 3)
     call.length[:], call.start[:] = [300, 1100, 0], 0
     call = replace(call, layer=tuple(np.nan_to_num(pages, nan=0.5) for pages in call.layer))
-    together = np.asarray(compute(call))
-    alone = np.asarray(compute(replace(call, length=np.array([300, 0, 0], np.int32))))
+    together = np.asarray(compute(call)[0])
+    alone = np.asarray(compute(replace(call, length=np.array([300, 0, 0], np.int32)))[0])
     np.testing.assert_array_equal(together[0], alone[0])
 
 
