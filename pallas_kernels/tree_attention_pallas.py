@@ -6,10 +6,10 @@ G query heads), walks its share of the request's pages, ``keys`` positions a ste
 itself. Split 0 also takes the suffix with its ancestor mask, so the tree costs no launch of its own. With one split
 the first launch writes the answer; otherwise a second one merges the parts.
 
-Traffic per call: the visible cache once per block of rows (2 * length * K * H * itemsize bytes per request; re-reads of
-further row blocks come from the second-level cache), q, k, v and out once, and with S > 1 splits 8 * S * T * G * K * H
-bytes of float32 parts, written and read. Floor: that over the memory bandwidth; on an H100 (3.35 TB/s) 8 kv heads of 128
-in bfloat16 at 8192 positions are 33.6 MB per request and layer, 10 us.
+Traffic per call: the visible cache once per block of rows (2 * length * K * H * itemsize bytes per request; further row
+blocks read it from the second-level cache), q, k, v and out once, and with S > 1 splits 8 * S * T * G * K * H bytes of
+float32 parts, written and read. Floor: that over the memory bandwidth; on an H100 (3.35 TB/s) 8 kv heads of 128 in
+bfloat16 at 8192 positions are 33.6 MB per request and layer, 10 us.
 
 JAX deprecated Pallas' Triton lowering in 0.11; this file is all that depends on it.
 """
@@ -49,31 +49,29 @@ def tree_attention(
       NotImplementedError: head width not a power of two of at least 16.
     """
     B, T, K, G, H = q_BTKGH.shape
-    if H < 16 or H != power_of_two(H):
+    if H < 16 or power_of_two(H) != H:
         raise NotImplementedError(f"attention 'pallas': head width {H} is not a power of two of at least 16")
     capacity = page_table_BM.shape[1] * pages_k.shape[2]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=capacity, dtype=q_BTKGH.dtype)
     operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v)
-    operands += scales or ()
     return lax.platform_dependent(
-        *operands, cpu=partial(_launch, plan=p, interpret=True), default=partial(_launch, plan=p, interpret=False)
+        *operands,
+        *(scales or ()),
+        cpu=partial(_launch, plan=p, interpret=True),
+        default=partial(_launch, plan=p, interpret=False),
     )
 
 
 def _launch(*operands: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, jax.Array]:
     q_BTKGH = operands[3]
-    B, T, K, G, H = q_BTKGH.shape
+    B, T, K, G, _ = q_BTKGH.shape
     row_blocks = -(-T * G // plan.rows)
-    if plan.splits == 1:
-        out_shape = q_BTKGH.shape, q_BTKGH.dtype
-        lead = (B, T, K, G)
-    else:
-        lead = (plan.splits, B, T, K, G)
-        out_shape = (*lead, H), jnp.float32
+    whole = jax.ShapeDtypeStruct(q_BTKGH.shape, q_BTKGH.dtype), jax.ShapeDtypeStruct((B, T, K, G), jnp.float32)
+    parts = tuple(jax.ShapeDtypeStruct((plan.splits, *x.shape), jnp.float32) for x in whole)
     out, lse = pl.pallas_call(
         partial(_attend_kernel, plan=plan),
         grid=(B * K, row_blocks, plan.splits),
-        out_shape=(jax.ShapeDtypeStruct(*out_shape), jax.ShapeDtypeStruct(lead, jnp.float32)),
+        out_shape=whole if plan.splits == 1 else parts,
         compiler_params=pltriton.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
         interpret=interpret,
         name="tree_attention",
@@ -83,10 +81,7 @@ def _launch(*operands: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Arra
     return pl.pallas_call(
         _merge_kernel,
         grid=(B * T, K * G),
-        out_shape=(
-            jax.ShapeDtypeStruct(q_BTKGH.shape, q_BTKGH.dtype),
-            jax.ShapeDtypeStruct((B, T, K, G), jnp.float32),
-        ),
+        out_shape=whole,
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="tree_attention_merge",
@@ -142,12 +137,12 @@ def _attend_kernel(
         position_S = i * plan.keys + jnp.arange(plan.keys)
         seen_S = (position_S >= start) & (position_S < length)
         page_S = pltriton.load(table_ref.at[row, position_S // page_size], mask=seen_S, other=0)
-        at = kv, page_S[:, None], (position_S % page_size)[:, None], h_1H
+        slot_S = position_S % page_size
+        at = kv, page_S[:, None], slot_S[:, None], h_1H
         k, v = (_load_seen(pages, at, seen_S[:, None], q.dtype) for pages in (pages_k_ref, pages_v_ref))
         if not scale_refs:
             return absorb(carry, k, v, seen_S[None, :])
-        at = kv, page_S, position_S % page_size
-        k_scale_S, v_scale_S = (pltriton.load(scales.at[at], mask=seen_S, other=0) for scales in scale_refs)
+        k_scale_S, v_scale_S = (pltriton.load(x.at[kv, page_S, slot_S], mask=seen_S, other=0) for x in scale_refs)
         return absorb(carry, k, v, seen_S[None, :], k_scale_S, v_scale_S)
 
     start, length = start_ref[row], jnp.minimum(length_ref[row], M * page_size)
@@ -181,7 +176,7 @@ def _load_seen(pages_ref, at, seen_S1, dtype):
 
 def _merge_kernel(part_ref, part_lse_ref, out_ref, lse_ref):
     """One query of one head: the splits' answers weighed by their sums."""
-    S, _, T, _, G, H = part_ref.shape
+    T, G = part_ref.shape[2], part_ref.shape[4]
     row, node = pl.program_id(0) // T, pl.program_id(0) % T
     kv, head = pl.program_id(1) // G, pl.program_id(1) % G
     lse_S = part_lse_ref[:, row, node, kv, head]

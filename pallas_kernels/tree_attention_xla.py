@@ -39,8 +39,8 @@ def tree_attention(
       q_BTKGH: queries, rotated, not yet scaled. k_BUKH, v_BUKH: the suffix's keys and values.
       suffix_mask: bool [B or 1, T, U].
       pages_k, pages_v: [K, num_pages, page_size, H]. Slots outside [start, length) may hold anything, NaN included.
-      scales: of 8-bit pages: float32 [K, num_pages, page_size] for keys and for values; a cached vector is what the page
-        holds times its scale.
+      scales: of 8-bit pages: float32 [K, num_pages, page_size] for keys and for values; a cached vector is what the
+        page holds times its scale.
 
     Returns (out_BTKGH in q's dtype, natural log-sum-exp of the scaled scores, lse_BTKG float32). A query that sees
     nothing gets zeros and -inf.
