@@ -3,6 +3,7 @@
 #   make demo               SmolLM2-135M-Instruct with and without speculation (fetches 93 MB once)
 #   make test               ruff, mypy and pytest on the pinned versions of constraints.txt
 #   make test JAX=newest    pytest on the newest JAX and Flax that pyproject.toml allows
+#   make test-h100-compile  compile kernels and the decode loop for an H100 without one (fetches 142 MB once)
 #   make lint               ruff and mypy alone
 #   make clean              remove environments and caches (models/ stays)
 #
@@ -23,7 +24,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+H100 := .h100
+
+.PHONY: demo test test-h100-compile lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -33,13 +36,22 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(if $(filter pinned,$(JAX)),lint)
 	$(BIN)/python -m pytest -q
 
+# JAX's CUDA plugin in a folder of its own: in the environment it would look for a GPU whenever JAX starts. Where it
+# cannot be fetched the tests say so and are skipped.
+test-h100-compile: $(INSTALLED)
+	@test -d $(H100)/jax_plugins || { \
+		version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+		echo "Fetching jax-cuda13-plugin $$version into $(H100) ..."; \
+		$(PIP) install --no-deps --target $(H100) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version || rm -rf $(H100); }
+	JEAGLE_H100_PLUGIN=$(H100) $(BIN)/python -m pytest -q tests/test_h100_compile.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-newest .h100 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt $(BIN)/python

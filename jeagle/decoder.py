@@ -37,6 +37,12 @@ class Batch:
     stop_id_BI: np.ndarray
     max_tokens_B: np.ndarray
 
+    @property
+    def num_prompt_B(self) -> np.ndarray:
+        """int32: tokens of each prompt; 1 in rows of padding."""
+        padding = len(self.max_tokens_B) - len(self.prompts)
+        return np.array([len(p) for p in self.prompts] + [1] * padding, np.int32)
+
 
 @dataclass(frozen=True)
 class CompiledProgram:
@@ -60,7 +66,7 @@ class Decoder:
         self.target_config = target.config
         self.head_config = None if head is None else head.config
         self.page_size = page_size
-        self.dtype = target.embed[...].dtype
+        self.dtype = target.embed.dtype
         split = [(None, None) if m is None else nnx.split(m) for m in (target, head)]
         definitions = tuple(d for d, _ in split)
         # Weights are arguments, not constants baked into the program; states are donated so that caches are updated in
@@ -68,7 +74,7 @@ class Decoder:
         self.params = tuple(p for _, p in split)
         jit = partial(jax.jit, donate_argnums=(1,))
         self._prefill = jit(_on_modules(prefill_chunk, definitions), static_argnames=("attention",))
-        self._decode = jit(_on_modules(launch, definitions), static_argnames=("program",))
+        self.jitted_launch = jit(_on_modules(launch, definitions), static_argnames=("program",))
         self._compiled: dict[tuple, CompiledProgram] = {}
         self._lock = threading.Lock()
 
@@ -82,11 +88,14 @@ class Decoder:
 
         Rows run side by side, each to its own length. Returns the state before the first round.
         """
+        caches = self._fill(batch, program, capacity, chunk)
+        return self.first_state(caches, batch, program, capacity)
+
+    def first_state(self, caches: Caches, batch: Batch, program: Program, capacity: int) -> DecodeState:
+        """The state before the first round, of caches that hold the prompts but for their last tokens."""
         B, P = len(batch.max_tokens_B), program.num_path
-        padding = B - len(batch.prompts)
-        prompt_B = np.array([len(p) for p in batch.prompts] + [1] * padding, np.int32)
-        root_B = np.array([p[-1] for p in batch.prompts] + [0] * padding, np.int32)
-        caches = self._fill(batch.prompts, prompt_B, program, capacity, chunk)
+        prompt_B = batch.num_prompt_B
+        root_B = np.array([p[-1] for p in batch.prompts] + [0] * (B - len(batch.prompts)), np.int32)
         draft = None
         if caches.head is not None and caches.feature_BX is not None:
             draft = DraftState(
@@ -117,21 +126,23 @@ class Decoder:
             acceptance_BP=jnp.zeros((B, P), jnp.int32),
         )
 
-    def _fill(
-        self, prompts: list[np.ndarray], prompt_B: np.ndarray, program: Program, capacity: int, chunk: int
-    ) -> Caches:
-        B, M = len(prompt_B), -(-capacity // self.page_size)
+    def empty_caches(self, B: int, program: Program, capacity: int) -> Caches:
+        M = -(-capacity // self.page_size)
         pages = dict(num_pages=B * M, page_size=self.page_size, dtype=self.dtype)
         head = self.head_config if program.drafts else None
-        caches = Caches(
+        return Caches(
             KVCache.create(self.target_config, **pages),
             None if head is None else KVCache.create(head, **pages),
             None if head is None else jnp.zeros((B, head.feature_width), self.dtype),
             jnp.arange(B * M, dtype=jnp.int32).reshape(B, M),
         )
+
+    def _fill(self, batch: Batch, program: Program, capacity: int, chunk: int) -> Caches:
+        prompt_B = batch.num_prompt_B
+        caches = self.empty_caches(len(prompt_B), program, capacity)
         num_chunks = -(-(int(prompt_B.max()) - 1) // chunk)
-        token_BT = np.zeros((B, num_chunks * chunk + 1), np.int32)
-        for row, prompt in zip(token_BT, prompts):
+        token_BT = np.zeros((len(prompt_B), num_chunks * chunk + 1), np.int32)
+        for row, prompt in zip(token_BT, batch.prompts):
             row[: len(prompt)] = prompt
         for offset in range(0, num_chunks * chunk, chunk):
             args = (
@@ -147,7 +158,7 @@ class Decoder:
     def launch(self, state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
         """Up to ``most_rounds`` rounds on the device; returns at once, the state is a promise."""
         args = (state, jnp.int32(most_rounds))
-        return self._program("decode", self._decode, args, program=program)(self.params, *args)
+        return self._program("decode", self.jitted_launch, args, program=program)(self.params, *args)
 
     def _program(self, name: str, jitted, args: tuple, **static) -> jax.stages.Compiled:
         """The executable of this bucket. Compiling ahead of time, once per key, is what makes buckets countable."""

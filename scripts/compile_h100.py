@@ -1,0 +1,229 @@
+"""What would an H100 be given to run? Answered on a machine that has none.
+
+    make test-h100-compile                                       fetches the CUDA plugin, then runs this and checks it
+    python scripts/compile_h100.py --layers 32 --out FILE.json   Llama 3 8B whole (minutes)
+
+Compiles every attention kernel at decoding shapes, and the whole decode loop of a model of Llama 3 8B's shape
+(bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, and with a dynamic tree of 64
+nodes. For each: kernels and their registers, spills and shared memory; for the loop also the kernels per layer and round, what is
+aliased and what is temporary (less than one layer's pages: nothing copies pages), and whether the rounds are command
+buffers (CUDA graphs). XLA makes no command buffer of fewer than five commands, and the loop itself is two: with WHILE
+enabled and that limit left alone, nothing at all becomes one; LOOP_FLAGS lowers it.
+
+The last line is one JSON object. Exit code 1 where something spills, copies or falls out of the command buffers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import environment, write_result
+from flax import nnx
+from h100 import CannotCompile, Compiled, compile_for_h100, python_for_h100
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jeagle.attention import IMPLEMENTATIONS
+from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.decode import Program
+from jeagle.decoder import Batch, Decoder
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
+from jeagle.sampling import RowSampling, SamplingParams, seed_keys
+from jeagle.tree import OFF, DynamicTree, TreePlan
+
+LOOP_FLAGS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
+CAPACITY = 32768  # one layer's keys are then 64 MiB: no other buffer of a decode program comes near
+SHARED_MEMORY = 232448  # bytes a block may have on an H100
+KERNELS = sorted(set(IMPLEMENTATIONS) - {"xla"})
+PLANS: dict[str, TreePlan] = {"plain": OFF, "tree of 64": DynamicTree(depth=5, top_k=8, total=64)}
+
+
+def attention_kernels(name: str) -> list[dict[str, Any]]:
+    """One implementation at decoding shapes of Llama 3 8B (8 kv heads of 128, 4 query heads each) and SmolLM2."""
+    rows = []
+    for B, T, K, G, H, page_size, eight_bit in [
+        (1, 1, 8, 4, 128, 64, False),
+        (1, 16, 8, 4, 128, 64, False),
+        (1, 64, 8, 4, 128, 64, False),
+        (1, 64, 8, 4, 128, 64, True),
+        (8, 32, 8, 4, 128, 16, False),
+        (64, 4, 8, 4, 128, 256, False),
+        (1, 8, 3, 3, 64, 64, False),
+    ]:
+        M = 8192 // page_size
+        pages = jax.ShapeDtypeStruct((K, B * M, page_size, H), jnp.float8_e4m3fn if eight_bit else jnp.bfloat16)
+        new = jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16)
+        per_row = jax.ShapeDtypeStruct((B,), jnp.int32)
+        arguments = (
+            jax.ShapeDtypeStruct((B, T, K, G, H), jnp.bfloat16),
+            *(new, new, jax.ShapeDtypeStruct((1, T, T), jnp.bool_)),
+            *(pages, pages, jax.ShapeDtypeStruct((B, M), jnp.int32), per_row, per_row),
+            (jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32),) * 2 if eight_bit else None,
+        )
+        row = dict(what=name, B=B, T=T, K=K, G=G, H=H, page_size=page_size, pages=str(pages.dtype))
+        try:
+            compiled = compile_for_h100(jax.jit(IMPLEMENTATIONS[name]), *arguments)
+        except NotImplementedError as error:
+            rows.append(row | dict(refused=str(error)))
+            continue
+        rows.append(row | dict(launches=len(compiled.kernels)) | _heaviest(compiled))
+    return rows
+
+
+def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
+    """The whole compiled loop, as ``LLM.generate`` launches it."""
+    config = dataclasses.replace(LlamaConfig.llama3_8b(), num_layers=layers)
+
+    def modules() -> tuple[Llama, EagleHead]:
+        head = EagleConfig.for_target(config, "eagle3", draft_vocab_size=32000)
+        return (
+            Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+            EagleHead(head, dtype=jnp.bfloat16, rngs=nnx.Rngs(1)),
+        )
+
+    decoder = Decoder(*nnx.eval_shape(modules))
+    program = Program(plan=PLANS[name], attention=attention)
+    batch = Batch(
+        [np.ones(40, np.int32)],
+        RowSampling.stack([SamplingParams()], seed_keys(0, 1)),
+        np.full((1, 4), -1, np.int32),
+        np.full(1, 8, np.int32),
+    )
+    state = jax.eval_shape(
+        lambda: decoder.first_state(decoder.empty_caches(1, program, CAPACITY), batch, program, CAPACITY)
+    )
+    began = time.perf_counter()
+    compiled = compile_for_h100(decoder.jitted_launch, decoder.params, state, jnp.int32(0), program=program)
+    rounds = [k for k in compiled.kernels if k.in_loop]
+    reads = [i for i, k in enumerate(rounds) if k.name.startswith("tree_attention") and "merge" not in k.name]
+    page_bytes = config.num_kv_heads * CAPACITY * config.head_dim * 2
+    return dict(
+        what=f"loop, {name}",
+        attention=attention,
+        layers=layers,
+        nodes=program.plan.num_nodes,
+        compile_seconds=round(time.perf_counter() - began, 1),
+        launches=len(rounds),
+        launches_per_layer=reads[-1] - reads[-2] if len(reads) > 1 else None,
+        outside_command_buffers=sum(not k.in_command_buffer for k in rounds),
+        whole_loop_is_command_buffer=compiled.whole_loop_is_command_buffer,
+        alias_bytes=compiled.alias_bytes,
+        temp_bytes=compiled.temp_bytes,
+        cache_bytes=2 * layers * page_bytes,
+        page_bytes=page_bytes,
+        **_heaviest(compiled),
+    )
+
+
+def _heaviest(compiled: Compiled) -> dict[str, Any]:
+    """Of the attention kernels where there are any, else of all: the most of everything."""
+    ours = [k for k in compiled.kernels if "tree_attention" in k.name] or list(compiled.kernels)
+    return dict(
+        registers=max((k.registers or 0 for k in ours), default=0),
+        spilled_bytes=max((k.spilled_bytes or 0 for k in compiled.kernels), default=0),
+        shared_bytes=max((k.shared_bytes for k in compiled.kernels), default=0),
+        grid=max((k.grid for k in ours), key=np.prod, default=()),
+    )
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What must not be, in words."""
+    found = []
+    if row.get("spilled_bytes"):
+        found.append(f"{row['spilled_bytes']} bytes spilled")
+    if row.get("shared_bytes", 0) > SHARED_MEMORY:
+        found.append(f"{row['shared_bytes']} bytes of shared memory")
+    if "cache_bytes" in row:
+        if row["alias_bytes"] < row["cache_bytes"]:
+            found.append("the cache is not updated in place")
+        if row["temp_bytes"] >= row["page_bytes"]:
+            found.append("room for a copy of one layer's pages")
+        if row["outside_command_buffers"] > 1:  # the condition's kernel runs beside the loop's body
+            found.append(f"{row['outside_command_buffers']} kernels outside command buffers")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=2, help="of the model in the loop")
+    parser.add_argument("--attention", nargs="*", default=KERNELS, choices=sorted(IMPLEMENTATIONS))
+    parser.add_argument("--loops", nargs="*", default=sorted(PLANS), choices=sorted(PLANS))
+    parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
+    parser.add_argument("--out", metavar="FILE.json")
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # the child process: where its rows go
+    args = parser.parse_args()
+    if args.rows is not None:
+        return _child(args)
+
+    # JAX reads flags and plugins once, when it starts: every set of flags is a process of its own.
+    rows: list[dict[str, Any]] = []
+    about = environment()
+    for flags in ("", LOOP_FLAGS):
+        with tempfile.TemporaryDirectory() as temporary:
+            out = Path(temporary) / "rows.json"
+            (Path(temporary) / "xla").mkdir()
+            command = [__file__, "--rows", str(out), "--layers", str(args.layers)]
+            # The second run asks only what the flags change.
+            command += ["--loops", *(args.loops if not flags else args.loops[:1])]
+            command += ["--attention", *(args.attention if not flags else [])]
+            try:
+                code = python_for_h100(command, Path(temporary) / "xla", flags, args.plugin).returncode
+            except CannotCompile as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            if code:
+                return code
+            rows += [row | dict(flags=flags) for row in json.loads(out.read_text())]
+    _show(rows)
+    result = dict(environment=about, compiled_for="NVIDIA H100 80GB HBM3 (nothing was run)", programs=rows)
+    if args.out:
+        write_result(args.out, result)
+    print(json.dumps(result))
+    return int(any(faults(row) for row in rows))
+
+
+def _child(args: argparse.Namespace) -> int:
+    rows = []
+    try:
+        for name in args.attention:
+            rows += attention_kernels(name)
+        rows += [decode_loop(name, "pallas", args.layers) for name in args.loops]
+    except CannotCompile as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.rows.write_text(json.dumps(rows))
+    return 0
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "program", "launches", "per layer", "registers", "spilled", "shared", "temp MB", "faults", box=box.SIMPLE
+    )
+    for row in rows:
+        shape = (
+            f"B={row['B']} T={row['T']} {row['pages']}" if "B" in row else ("graph of the loop" if row["flags"] else "")
+        )
+        table.add_row(
+            f"{row['what']} {shape}",
+            *(str(row.get(key, "")) for key in ("launches", "launches_per_layer", "registers", "spilled_bytes")),
+            str(row.get("shared_bytes", "")),
+            f"{row['temp_bytes'] / 1e6:.1f}" if "temp_bytes" in row else "",
+            row.get("refused") or "; ".join(faults(row)),
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

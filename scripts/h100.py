@@ -1,0 +1,174 @@
+"""Compiling for an H100 without one: XLA and ptxas run on any machine that has JAX's CUDA plugin and CUDA's compiler.
+
+``python_for_h100`` starts a Python in which ``compile_for_h100`` gives what a GPU would be given: how buffers alias,
+the kernels of the program with their grids, whether loops became command buffers (CUDA graphs), and, through a folder
+that stands in for CUDA's, what ptxas says of each kernel (registers, spills). No autotuning happens without a device,
+so matrix products stand there with default tiles: nothing here says how fast anything is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+__all__ = ["CannotCompile", "Compiled", "Kernel", "compile_for_h100", "python_for_h100"]
+
+# A GpuTargetConfigProto, after XLA's own specification of the H100 SXM. Without driver_version XLA makes no command
+# buffers of loops.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  driver_version: "13.0.0" runtime_version: "13.0.0" memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class CannotCompile(RuntimeError):
+    """This machine lacks what compiling for an H100 needs; one sentence says what."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a program. ptxas' words are None for what XLA did not compile with it in this process."""
+
+    name: str
+    grid: tuple[int, ...]
+    threads: int
+    shared_bytes: int
+    in_loop: bool
+    in_command_buffer: bool
+    registers: int | None
+    spilled_bytes: int | None  # stores and loads
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernels: tuple[Kernel, ...]  # in the order of the schedule
+    hlo: str
+    alias_bytes: int
+    temp_bytes: int
+    whole_loop_is_command_buffer: bool
+
+
+def python_for_h100(
+    arguments: list[str], directory: Path, flags: str = "", plugin: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run ``python *arguments`` where ``compile_for_h100`` works; ``directory`` is empty and takes what XLA writes.
+
+    plugin: a folder that jax-cuda13-plugin and jax-cuda13-pjrt were installed to, where the environment has none.
+    """
+    found = [
+        Path(p) for p in ("/usr/local/cuda/bin/ptxas", shutil.which("ptxas")) if p is not None and Path(p).exists()
+    ]
+    if not found:
+        raise CannotCompile("ptxas was not found: install CUDA's compiler (nvcc), or name its folder in PATH")
+    ptxas = found[0].resolve()
+    (directory / "bin").mkdir()
+    (directory / "nvvm").symlink_to(ptxas.parent.parent / "nvvm")
+    script = directory / "bin" / "ptxas"
+    script.write_text(
+        f'#!/bin/sh\ncase "$1" in --version) exec "{ptxas}" "$@";; esac\n'
+        f'exec "{ptxas}" -v "$@" 2>> "{directory}/ptxas.log"\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",  # no GPU client is created
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of CUDA's libraries, which compiling does not need
+        "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from a cache was not seen by ptxas
+        "JEAGLE_H100": str(directory),
+        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={directory} --xla_dump_to={directory}/dump "
+        f"--xla_dump_hlo_as_text {flags}",
+    }
+    if plugin is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run([sys.executable, *arguments], env=environment, check=False)
+
+
+@cache
+def _mesh() -> Mesh:
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CannotCompile(f"no CUDA plugin (pip install jax-cuda13-plugin jax-cuda13-pjrt): {reason}") from None
+    return Mesh(np.array(topology.devices), ("device",))
+
+
+def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
+    """A jitted function compiled for one H100; args are arrays or anything with shapes and dtypes."""
+    directory = Path(os.environ["JEAGLE_H100"])
+    sharding = NamedSharding(_mesh(), PartitionSpec())
+
+    def abstract(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    with use_abstract_mesh(_mesh().abstract_mesh):  # the Triton lowerings ask it which GPU they compile for
+        compiled = jitted.trace(*jax.tree.map(abstract, args), **static).lower().compile()
+    schedule = max((directory / "dump").glob("*thunk_sequence.txt"), key=lambda p: p.stat().st_mtime_ns)
+    changed = schedule.with_name(schedule.stem + "_after_thunk_passes.txt")  # only where command buffers were made
+    if changed.exists():
+        schedule = changed
+    memory = compiled.memory_analysis()
+    kernels, whole = _read_schedule(schedule.read_text(), _read_ptxas(directory / "ptxas.log"))
+    return Compiled(kernels, compiled.as_text(), memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole)
+
+
+def _read_ptxas(log: Path) -> dict[str, tuple[int, int]]:
+    """name -> (registers, spilled bytes); of two kernels of one name the later."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        log.read_text() if log.exists() else "",
+        re.DOTALL,
+    )
+    return {name: (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found}
+
+
+def _read_schedule(text: str, ptxas: dict[str, tuple[int, int]]) -> tuple[tuple[Kernel, ...], bool]:
+    """The kernels of XLA's thunk sequence, and whether a while loop lies inside a command buffer.
+
+    Lines are "  012: kCustomKernel [prev | next] name grid: [8, 1, 32] threads: [128, 1, 1] shared_memory: 39 bytes",
+    nested by indentation under kWhile and kCommandBuffer.
+    """
+    kernels: list[Kernel] = []
+    around: list[tuple[int, str]] = []
+    whole = False
+    for line in text.splitlines():
+        match = re.match(r"( *)\d+: (k\w+)", line)
+        if not match:
+            continue
+        depth, kind = len(match[1]), match[2]
+        around = [(d, k) for d, k in around if d < depth]
+        kinds = {k for _, k in around}
+        if kind in ("kWhile", "kCommandBuffer"):
+            whole |= kind == "kWhile" and "kCommandBuffer" in kinds
+            around.append((depth, kind))
+        shape = re.search(r"\] *([\w.]+) grid: \[([\d, ]+)\] threads: \[(\d+).*shared_memory: (\d+)", line)
+        if shape:
+            registers, spilled = ptxas.get(shape[1], (None, None))
+            grid = tuple(int(n) for n in shape[2].split(","))
+            kernels.append(
+                Kernel(
+                    shape[1], grid, int(shape[3]), int(shape[4]), "kWhile" in kinds, "kCommandBuffer" in kinds,
+                    registers, spilled,
+                )
+            )  # fmt: skip
+    return tuple(kernels), whole
