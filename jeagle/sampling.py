@@ -170,6 +170,19 @@ def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Arr
     return key >= threshold
 
 
+def _weights(x: jax.Array) -> jax.Array:
+    """Softmax over the last axis in whole numbers, int32, that add up to nearly 2**31.
+
+    Sums of whole numbers are exact, so what top-p keeps depends on no order of summation, and a kernel or a shard of
+    the vocabulary finds the same tokens. The scale must not depend on one either: its sum is one of whole numbers in
+    units of 2**-26, in two limbs of 13 bits (V below 2**18). It may fall short by V units: hence 127/128 of 2**31.
+    """
+    e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    units = (e * 2.0**26).astype(jnp.int32)
+    high, low = (jnp.sum(limb, axis=-1, keepdims=True) for limb in (units >> 13, units & 8191))
+    return (e * (127 * 2.0**50 / (high * 2.0**13 + low))).astype(jnp.int32)
+
+
 def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
     """Temperature, then top-k, top-p, min-p: HF's order. Dropped tokens become -inf. Greedy rows pass unchanged."""
     if not filters.sample:
@@ -177,13 +190,16 @@ def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Arra
     columns = {f.name: getattr(rows, f.name)[:, None, None] for f in dataclasses.fields(rows) if f.name != "seed_B2"}
     temperature, top_k, top_p, min_p = columns.values()
     greedy = temperature == 0
-    x = logits_BTV / jnp.where(greedy, 1.0, temperature)
+    x = logits_BTV * (1 / jnp.where(greedy, 1.0, temperature))  # as XLA would: one division a row
     if filters.top_k:
         ones = jnp.ones_like(x, dtype=jnp.int32)
         keep = _keep_largest(x, ones, top_k) | (top_k == 0)
         x = jnp.where(keep, x, -jnp.inf)
     if filters.top_p:
-        keep = _keep_largest(x, jax.nn.softmax(x, axis=-1), top_p) | (top_p >= 1)
+        weight = _weights(x)
+        total = jnp.sum(weight, axis=-1, keepdims=True)
+        spare = ((1 - top_p) * total).astype(jnp.int32)
+        keep = _keep_largest(x, weight, jnp.maximum(total - spare, 1)) | (top_p >= 1)
         x = jnp.where(keep, x, -jnp.inf)
     if filters.min_p:
         # p >= min_p * p_max is x >= x_max + log(min_p): no normalisation needed.

@@ -5,10 +5,10 @@
 
 Compiles every attention kernel at decoding shapes, and the whole decode loop of a model of Llama 3 8B's shape
 (bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, and with a dynamic tree of 64
-nodes. For each: kernels and their registers, spills and shared memory; for the loop also the kernels per layer and round, what is
-aliased and what is temporary (less than one layer's pages: nothing copies pages), and whether the rounds are command
-buffers (CUDA graphs). XLA makes no command buffer of fewer than five commands, and the loop itself is two: with WHILE
-enabled and that limit left alone, nothing at all becomes one; LOOP_FLAGS lowers it.
+nodes. For each: kernels and their registers, spills and shared memory; for the loop also the kernels per layer and
+round, what is aliased and what is temporary (less than one layer's pages: nothing copies pages), and whether the rounds
+are command buffers (CUDA graphs). XLA makes no command buffer of fewer than five commands, and the loop itself is two:
+with WHILE enabled and that limit left alone, nothing at all becomes one; LOOP_FLAGS lowers it.
 
 The last line is one JSON object. Exit code 1 where something spills, copies or falls out of the command buffers.
 """

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,8 +55,7 @@ def stand_in_cuda(directory: Path) -> None:
     (directory / "nvvm").symlink_to(ptxas.parent.parent / "nvvm")
     script = directory / "bin" / "ptxas"
     script.write_text(
-        f'#!/bin/sh\ncase "$1" in --version) exec {ptxas} "$@";; esac\n'
-        f'exec {ptxas} -v "$@" 2>> {directory}/ptxas.log\n'
+        f'#!/bin/sh\ncase "$1" in --version) exec {ptxas} "$@";; esac\nexec {ptxas} -v "$@" 2>> {directory}/ptxas.log\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
@@ -78,15 +76,15 @@ def _mesh() -> Mesh:
     return Mesh(np.array(topology.devices), ("device",))
 
 
-def compile_for_h100(f: Callable, *args: Any, **jit: Any) -> jax.stages.Compiled:
-    """``jax.jit(f, **jit)`` compiled for one H100; args are arrays or anything with shapes and dtypes."""
+def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
+    """A jitted function compiled for one H100; args are arrays or anything with shapes and dtypes."""
     sharding = NamedSharding(_mesh(), PartitionSpec())
 
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     with use_abstract_mesh(_mesh().abstract_mesh):  # the Triton lowerings ask it which GPU they compile for
-        return jax.jit(f, **jit).trace(*jax.tree.map(abstract, args)).lower().compile()
+        return jitted.trace(*jax.tree.map(abstract, args), **static).lower().compile()
 
 
 def available() -> str | None:
