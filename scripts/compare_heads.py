@@ -116,7 +116,7 @@ def main() -> int:
     directory = locate(base.target, cache_directory(), kind="llama")
     target = load_llama(directory, dtype=base.run.dtype)
     documents = load_documents(base, target.config, load_tokenizer(directory))
-    learnt, measured = hold_out(documents, base.data.held_out, base.run.seed)
+    learnt, measured = hold_out(documents, base.data.held_out)
     rows, held = (pack(d, base.data.pack_length, long_documents=base.data.long_documents) for d in (learnt, measured))
     loader = Loader(rows, (base.run.rows,), seed=base.run.seed)
     forms = [r.head.config(target.config) for r in recipes.values()]

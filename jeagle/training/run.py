@@ -49,7 +49,7 @@ def prepare(
     target = load_llama(target_dir, dtype=recipe.run.dtype)
     tokenizer = load_tokenizer(target_dir)
     documents = load_documents(recipe, target.config, tokenizer)
-    learnt, measured = hold_out(documents, recipe.data.held_out, recipe.run.seed)
+    learnt, measured = hold_out(documents, recipe.data.held_out)
     options: Any = dict(long_documents=recipe.data.long_documents)
     rows = pack(learnt, recipe.data.pack_length, **options)
     held_out = pack(measured, recipe.data.pack_length, **options) if measured else _no_rows(rows)
@@ -115,13 +115,14 @@ def first_head(recipe: Recipe, target: Llama, documents: list[Document], sample:
     return new_head(config, target, ids, seed=recipe.run.seed, sample=sample if copied else None)
 
 
-def hold_out(documents: list[Document], number: int, seed: int) -> tuple[list[Document], list[Document]]:
-    """(learnt, measured): a random choice that depends on the seed alone; order is kept."""
+def hold_out(documents: list[Document], number: int) -> tuple[list[Document], list[Document]]:
+    """(learnt, measured): a random choice, the same whatever the run's seed, so that a run which goes on from another's
+    head has not learnt what it measures. Order is kept."""
     if number >= len(documents):
         raise DataError(
             f"data.held_out is {number}, but there are only {len(documents)} documents; lower it or give more data"
         )
-    chosen = set(np.random.default_rng(seed).choice(len(documents), number, replace=False).tolist())
+    chosen = set(np.random.default_rng(0).choice(len(documents), number, replace=False).tolist())
     return (
         [d for i, d in enumerate(documents) if i not in chosen],
         [d for i, d in enumerate(documents) if i in chosen],
