@@ -46,11 +46,14 @@ def tree_attention(
     """(out_BTKGH, lse_BTKG). See ``tree_attention_xla.tree_attention``.
 
     Raises:
-      NotImplementedError: head width not a power of two of at least 16.
+      NotImplementedError: head width not a power of two of at least 16, or 8-bit pages of 2 to 4 GiB (the lowering
+        counts their bytes in signed 32 bits).
     """
     B, T, K, G, H = q_BTKGH.shape
     if H < 16 or power_of_two(H) != H:
         raise NotImplementedError(f"attention 'pallas': head width {H} is not a power of two of at least 16")
+    if pages_k.dtype.itemsize == 1 and 2**31 < pages_k.size <= 2**32:
+        raise NotImplementedError(f"attention 'pallas': 8-bit pages {pages_k.shape} lie between 2 and 4 GiB")
     capacity = page_table_BM.shape[1] * pages_k.shape[2]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=capacity, dtype=q_BTKGH.dtype)
     operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v)
