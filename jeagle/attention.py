@@ -26,8 +26,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 def resolve(name: str, platform: str | None = None) -> str:
     """The implementation that serves ``name`` on a platform (JAX's default one if None).
 
-    "auto" is XLA on CPUs and TPUs, and on GPUs the kernel that every shape can use: two launches a layer where XLA takes
-    a dozen per block of the cache. That count is from the compiled programs; no GPU has timed it yet.
+    "auto" is XLA on CPUs and TPUs, and on GPUs the kernel that every shape can use, for its two launches a layer
+    (scripts/compile_h100.py counts them). No GPU has timed it yet.
     """
     if name == "auto":
         return "pallas" if (platform or jax.default_backend()) == "gpu" else "xla"

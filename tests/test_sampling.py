@@ -140,6 +140,24 @@ def test_ties_extremes_and_greedy_rows():
     assert [int((row > -np.inf).sum()) for row in warped] == [3, 5, 1, 6]
 
 
+def test_what_top_p_keeps_depends_on_no_order():
+    """The same tokens wherever they stand in the vocabulary, and their mass is what float64 says it is."""
+    rng = np.random.default_rng(3)
+    V = 50_000
+    top_p = [0.3, 0.9, 0.99, 0.9999]
+    rows = settings(*(SamplingParams(temperature=1.0, top_p=p) for p in top_p))
+    logits = (3 * rng.standard_normal((4, 1, V))).astype(np.float32)
+    filters = Filters(sample=True, top_p=True)
+    kept = np.asarray(run_warp(logits, rows, filters=filters))[:, 0] > -np.inf
+    for _ in range(3):
+        order = rng.permutation(V)
+        again = np.asarray(run_warp(logits[:, :, order], rows, filters=filters))[:, 0] > -np.inf
+        np.testing.assert_array_equal(again, kept[:, order])
+    mass = np.where(kept, softmax(logits[:, 0]), 0).sum(-1)
+    least = np.where(kept, softmax(logits[:, 0]), 1).min(-1)
+    assert (mass > np.array(top_p) - 3e-5).all() and (mass - least < np.array(top_p) + 3e-5).all()
+
+
 def test_min_p_of_one_keeps_the_best_only():
     rows = settings(SamplingParams(temperature=0.5, min_p=1.0), SamplingParams(temperature=0.5, min_p=0.5))
     logits = np.log(np.array([[0.6, 0.4], [0.55, 0.45]], "f"))[:, None]
