@@ -1,0 +1,1 @@
+"""The parts of ``scripts/gpu_suite.py``. Each has ``measure(rows, settings)`` and runs in processes of its own."""

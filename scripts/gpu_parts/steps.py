@@ -1,0 +1,206 @@
+"""Part 3a: the plain step, the verify step, the draft step, accept + commit, at 1k and 8k positions of context.
+
+Models have random weights, bf16, batch 1, and run inside a loop of known length, whose carry is the cache, as decoding
+does: STEPS steps per launch, the best launch over STEPS. The floor of a plain step is the target's weights read once at
+the copy bandwidth measured in the same process (an untied embedding is a look-up and does not count).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from bench_decode import chain_tree, make_batch
+from flax import nnx
+
+from gpu_parts.rows import Rows, Settings
+from gpu_parts.timing import best_seconds, copy_bandwidth, filled, num_kernels, require_memory
+from jeagle.cache import KVCache, after, commit
+from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
+from jeagle.decode import DecodeState, Program
+from jeagle.decoder import Decoder
+from jeagle.eagle import EagleHead, TokenMap
+from jeagle.llama import Llama
+from jeagle.sampling import Filters, choose
+from jeagle.tree import OFF, StaticTree, Tree, TreePlan, ancestor_mask
+from jeagle.verify import accept
+
+SHAPES = {"8B": "llama3_8b", "1B": "llama3_1b"}
+CONTEXTS, NODES, STEPS = (1024, 8192), (1, 32, 8, 64), 16
+ROOM = 256  # cache positions beyond the longest context
+NEVER = 1 << 30  # max_tokens of a row that is to go on
+
+
+def config_of(shape: str) -> LlamaConfig:
+    return LlamaConfig.tiny(head_dim=16, num_layers=1) if shape == "tiny" else getattr(LlamaConfig, SHAPES[shape])()
+
+
+def with_random_weights[M: nnx.Module](kind: Callable[..., M], config: BlockConfig) -> M:
+    """A bf16 model that is never initialised twice over, as float32 and random bits would be."""
+    module = nnx.eval_shape(lambda: kind(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    for seed, (_, variable) in enumerate(nnx.iter_graph(module)):
+        if isinstance(variable, nnx.Param):
+            variable.set_value(filled(variable.shape, jnp.bfloat16, seed, 0.05))
+        elif isinstance(variable, TokenMap):
+            variable.set_value(jnp.arange(variable.size, dtype=jnp.int32))
+    return module
+
+
+class Subject:
+    """A target of random weights and an EAGLE-3 head for it (draft vocabulary 32,000), ready to decode."""
+
+    def __init__(self, shape: str, settings: Settings):
+        config = config_of(shape)
+        require_memory(2 * config.num_parameters * 5 // 4)
+        draft_vocab = min(32_000, config.vocab_size // 2)
+        head_config = EagleConfig.for_target(config, "eagle3", draft_vocab_size=draft_vocab)
+        target = with_random_weights(Llama, config)
+        self.head = with_random_weights(EagleHead, head_config)
+        self.config, self.attention, self.contexts = config, settings.attention, contexts(settings)
+        self.decoder = Decoder(target, self.head)
+        self.definitions = tuple(nnx.graphdef(m) for m in (target, self.head))
+        self.params = self.decoder.params
+        self.weight_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params[0]))
+        if not config.tie_embeddings:
+            self.weight_bytes -= target.embed[...].nbytes
+
+    def program(self, plan: TreePlan = OFF) -> Program:
+        return Program(plan=plan, attention=self.attention)
+
+    def state(self, plan: TreePlan = OFF) -> DecodeState:
+        """One row whose whole cache is filled: any length is a context."""
+        capacity = max(self.contexts) + ROOM
+        state = self.decoder.start(make_batch(1, [10], NEVER), self.program(plan), capacity=capacity, chunk=64)
+        draft = state.draft
+        if draft is not None:
+            draft = dataclasses.replace(draft, cache=full(draft.cache), count_B=jnp.ones(1, jnp.int32))
+        return dataclasses.replace(state, cache=full(state.cache), draft=draft)
+
+
+def contexts(settings: Settings) -> tuple[int, ...]:
+    return (32, 96) if settings.tiny else CONTEXTS
+
+
+def full(pages: KVCache) -> KVCache:
+    return jax.tree.map(lambda x: filled(x.shape, x.dtype), pages)
+
+
+class Timed:
+    """A compiled ``function(params, state) -> state`` of STEPS steps; the state is donated and used again."""
+
+    def __init__(self, function: Callable[[Any, DecodeState], DecodeState], params: Any, state: DecodeState):
+        self.compiled = jax.jit(function, donate_argnums=1).lower(params, state).compile()
+        self.params, self.state = params, state
+
+    def seconds(self, context: int) -> float:
+        """Of one step, from ``context`` positions on."""
+
+        def run() -> DecodeState:
+            state = dataclasses.replace(self.state, length_B=jnp.full(1, context, jnp.int32))
+            self.state = self.compiled(self.params, state)
+            return self.state
+
+        return best_seconds(run) / STEPS
+
+
+def verify_steps(params, state: DecodeState, *, subject: Subject, num_nodes: int) -> DecodeState:
+    """STEPS times: forward over T nodes, LM head, choice, acceptance, commit of one position."""
+    target: Llama = nnx.merge(subject.definitions[0], params)
+    taps = subject.head.config.taps
+
+    def step(_, state: DecodeState) -> DecodeState:
+        tree = chain_tree(state, num_nodes)
+        position_BT = state.length_B[:, None] + tree.depth_BT
+        given = tree.token_BT, position_BT, tree.mask_BTT, state.cache, state.prefix
+        forward = target(*given, taps=taps, attention=subject.attention)
+        chosen_BT = choose(target.logits(forward.hidden_BTD), position_BT + 1, state.sampling, Filters())
+        path_BP, _ = accept(tree, chosen_BT, num_nodes)
+        pages = commit(state.cache, forward.new_kv, state.prefix, jnp.ones_like(state.length_B), path_BP)
+        return dataclasses.replace(state, cache=pages, length_B=state.length_B + 1, root_B=chosen_BT[:, 0])
+
+    return jax.lax.fori_loop(0, STEPS, step, state)
+
+
+def draft_steps(params, state: DecodeState, *, subject: Subject) -> DecodeState:
+    """STEPS times: one position through the head, its LM head, and the best 4 children."""
+    target, head = (nnx.merge(d, p) for d, p in zip(subject.definitions, params))
+    draft = state.draft
+    assert draft is not None
+
+    def step(_, carry):
+        pages, length_B, token_B1, feature_B1D = carry
+        prefix, see_self = state.prefix.with_length(length_B), jnp.ones((1, 1, 1), bool)
+        given = token_B1, feature_B1D, length_B[:, None], see_self, pages, prefix
+        ran = head(*given, target=target, attention=subject.attention)
+        _, best_B1C = jax.lax.top_k(head.logits(ran.hidden_BTD, target), 4)
+        token_B1 = head.draft_to_target[...][best_B1C[:, :, 0]]
+        pages = commit(pages, after(ran.new_kv, best_B1C), prefix, jnp.ones_like(length_B))
+        return pages, length_B + 1, token_B1, ran.feature_BTD
+
+    first = (draft.cache, state.length_B, state.root_B[:, None], head.fuse(draft.feature_BPX[:, :1]))
+    pages, *_ = jax.lax.fori_loop(0, STEPS, step, first)
+    return dataclasses.replace(state, draft=dataclasses.replace(draft, cache=pages))
+
+
+def accept_steps(new_kv, state: DecodeState, *, num_nodes: int) -> DecodeState:
+    """STEPS times: walk down a tree of four branches whose choices depend on the length, and commit the path."""
+    node_1T = jnp.arange(num_nodes, dtype=jnp.int32)[None, :]
+    depth_1T, deepest = (node_1T + 3) // 4, (num_nodes + 2) // 4
+    parent_1T = jnp.maximum(node_1T - 4, 0)
+    tree = Tree(node_1T, parent_1T, depth_1T, ancestor_mask(parent_1T, deepest), node_1T >= 0)
+
+    def step(_, state: DecodeState) -> DecodeState:
+        agrees_1T = (node_1T + state.length_B[:, None]) % 5 > 0  # else the target chooses what no node holds
+        chosen_1T = jnp.where(agrees_1T, jnp.where(node_1T == 0, 1, node_1T + 4), num_nodes + 4)
+        path_BP, num_accepted_B = accept(tree, chosen_1T, deepest + 1)
+        num_emitted_B = num_accepted_B + 1
+        pages = commit(state.cache, new_kv, state.prefix, num_emitted_B, path_BP)
+        return dataclasses.replace(state, cache=pages, length_B=state.length_B + num_emitted_B)
+
+    return jax.lax.fori_loop(0, STEPS, step, state)
+
+
+def pieces(subject: Callable[[], Subject], tiny: bool) -> Iterator[tuple[dict[str, Any], Callable[[], Timed]]]:
+    """(what, T) and how its program is made; those that targets ask for come first."""
+
+    def verify(num_nodes: int) -> Timed:
+        s = subject()
+        return Timed(partial(verify_steps, subject=s, num_nodes=num_nodes), s.params[0], s.state())
+
+    def draft() -> Timed:
+        s = subject()
+        return Timed(partial(draft_steps, subject=s), s.params, s.state(StaticTree.chain(1)))
+
+    def accept_commit(num_nodes: int) -> Timed:
+        s = subject()
+        shape = (1, num_nodes, s.config.num_kv_heads, s.config.head_dim)
+        new_kv = [(filled(shape, jnp.bfloat16, 1), filled(shape, jnp.bfloat16, 2)) for _ in range(s.config.num_layers)]
+        return Timed(partial(accept_steps, num_nodes=num_nodes), new_kv, s.state())
+
+    first, second, *others = (1, 4) if tiny else NODES
+    for T in (first, second):
+        yield dict(what="plain step" if T == 1 else "verify step", T=T), partial(verify, T)
+    yield dict(what="draft step", T=1), draft
+    yield dict(what="accept + commit", T=second), partial(accept_commit, second)
+    for T in others:
+        yield dict(what="verify step", T=T), partial(verify, T)
+
+
+def measure(rows: Rows, settings: Settings) -> None:
+    copied = rows.measure(lambda: copy_bandwidth(tiny=settings.tiny), what="copy bandwidth")
+    for shape in ("tiny",) if settings.tiny else SHAPES:
+        subject = cache(partial(Subject, shape, settings))
+        for key, make in pieces(subject, settings.tiny):
+            timed = cache(make)
+            for context in contexts(settings):
+
+                def time_it(timed=timed, subject=subject, context=context) -> dict[str, Any]:
+                    seconds, kernels = timed().seconds(context), num_kernels(timed().compiled)
+                    floor = subject().weight_bytes / copied["bytes_per_second"]
+                    return dict(seconds=seconds, kernels=kernels, weight_floor_s=floor)
+
+                rows.measure(time_it, shape=shape, implementation=settings.attention, length=context, **key)
