@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 
 from jeagle.cache import Prefix
-from pallas_kernels import tree_attention_pallas, tree_attention_xla
+from pallas_kernels import tree_attention_mosaic, tree_attention_pallas, tree_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
 
@@ -20,6 +20,7 @@ __all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "xla": tree_attention_xla.tree_attention,
     "pallas": tree_attention_pallas.tree_attention,
+    "mosaic": tree_attention_mosaic.tree_attention,
 }
 
 

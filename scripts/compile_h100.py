@@ -128,13 +128,14 @@ def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
 
 
 def _heaviest(compiled: Compiled) -> dict[str, Any]:
-    """Of the attention kernels where there are any, else of all: the most of everything."""
-    ours = [k for k in compiled.kernels if "tree_attention" in k.name] or list(compiled.kernels)
+    """Registers of the attention kernels, the largest grid among them; spills and shared memory of all."""
+    ours = [said for name, said in compiled.ptxas.items() if "tree_attention" in name]
+    grids = [k.grid for k in compiled.kernels if "tree_attention" in k.name]
     return dict(
-        registers=max((k.registers or 0 for k in ours), default=0),
-        spilled_bytes=max((k.spilled_bytes or 0 for k in compiled.kernels), default=0),
+        registers=max((said.registers for said in ours), default=0),
+        spilled_bytes=max((said.spilled_bytes for said in compiled.ptxas.values()), default=0),
         shared_bytes=max((k.shared_bytes for k in compiled.kernels), default=0),
-        grid=max((k.grid for k in ours), key=np.prod, default=()),
+        grid=max(grids, key=np.prod, default=()),
     )
 
 

@@ -8,6 +8,7 @@ so matrix products stand there with default tiles: nothing here says how fast an
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ class CannotCompile(RuntimeError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch of a program. ptxas' words are None for what XLA did not compile with it in this process."""
+    """One launch of a program. Of a Mosaic kernel XLA knows neither name nor shape: "custom call", (), 0, 0."""
 
     name: str
     grid: tuple[int, ...]
@@ -56,13 +57,19 @@ class Kernel:
     shared_bytes: int
     in_loop: bool
     in_command_buffer: bool
-    registers: int | None
-    spilled_bytes: int | None  # stores and loads
+
+
+class Ptxas(NamedTuple):
+    """What ptxas said of one kernel."""
+
+    registers: int
+    spilled_bytes: int  # stores and loads
 
 
 @dataclass(frozen=True)
 class Compiled:
     kernels: tuple[Kernel, ...]  # in the order of the schedule
+    ptxas: dict[str, Ptxas]  # by name
     hlo: str
     alias_bytes: int
     temp_bytes: int
@@ -73,6 +80,8 @@ def python_for_h100(
     arguments: list[str], directory: Path, flags: str = "", plugin: Path | None = None
 ) -> subprocess.CompletedProcess:
     """Run ``python *arguments`` where ``compile_for_h100`` works; ``directory`` is empty and takes what XLA writes.
+
+    Its stdout goes to the log of ptxas' words.
 
     plugin: a folder that jax-cuda13-plugin and jax-cuda13-pjrt were installed to, where the environment has none.
     """
@@ -94,13 +103,15 @@ def python_for_h100(
         "JAX_PLATFORMS": "cpu",  # no GPU client is created
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of CUDA's libraries, which compiling does not need
         "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from a cache was not seen by ptxas
+        "MOSAIC_GPU_DUMP_PTXAS": "1",  # Mosaic runs a ptxas of its own; its words come on stdout
         "JEAGLE_H100": str(directory),
         "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={directory} --xla_dump_to={directory}/dump "
         f"--xla_dump_hlo_as_text {flags}",
     }
     if plugin is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run([sys.executable, *arguments], env=environment, check=False)
+    with (directory / "ptxas.log").open("ab") as log:
+        return subprocess.run([sys.executable, *arguments], env=environment, stdout=log, check=False)
 
 
 @cache
@@ -121,6 +132,8 @@ def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    log = directory / "ptxas.log"
+    before = log.stat().st_size
     with use_abstract_mesh(_mesh().abstract_mesh):  # the Triton lowerings ask it which GPU they compile for
         compiled = jitted.trace(*jax.tree.map(abstract, args), **static).lower().compile()
     schedule = max((directory / "dump").glob("*thunk_sequence.txt"), key=lambda p: p.stat().st_mtime_ns)
@@ -128,21 +141,22 @@ def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
     if changed.exists():
         schedule = changed
     memory = compiled.memory_analysis()
-    kernels, whole = _read_schedule(schedule.read_text(), _read_ptxas(directory / "ptxas.log"))
-    return Compiled(kernels, compiled.as_text(), memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole)
+    kernels, whole = _read_schedule(schedule.read_text())
+    ctypes.CDLL(None).fflush(None)  # Mosaic's words
+    ptxas = _read_ptxas(log.read_text()[before:])
+    return Compiled(kernels, ptxas, compiled.as_text(), memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole)
 
 
-def _read_ptxas(log: Path) -> dict[str, tuple[int, int]]:
-    """name -> (registers, spilled bytes); of two kernels of one name the later."""
+def _read_ptxas(words: str) -> dict[str, Ptxas]:
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        log.read_text() if log.exists() else "",
+        words,
         re.DOTALL,
     )
-    return {name: (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found}
+    return {name: Ptxas(int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found}
 
 
-def _read_schedule(text: str, ptxas: dict[str, tuple[int, int]]) -> tuple[tuple[Kernel, ...], bool]:
+def _read_schedule(text: str) -> tuple[tuple[Kernel, ...], bool]:
     """The kernels of XLA's thunk sequence, and whether a while loop lies inside a command buffer.
 
     Lines are "  012: kCustomKernel [prev | next] name grid: [8, 1, 32] threads: [128, 1, 1] shared_memory: 39 bytes",
@@ -161,14 +175,11 @@ def _read_schedule(text: str, ptxas: dict[str, tuple[int, int]]) -> tuple[tuple[
         if kind in ("kWhile", "kCommandBuffer"):
             whole |= kind == "kWhile" and "kCommandBuffer" in kinds
             around.append((depth, kind))
+        place = "kWhile" in kinds, "kCommandBuffer" in kinds
         shape = re.search(r"\] *([\w.]+) grid: \[([\d, ]+)\] threads: \[(\d+).*shared_memory: (\d+)", line)
         if shape:
-            registers, spilled = ptxas.get(shape[1], (None, None))
             grid = tuple(int(n) for n in shape[2].split(","))
-            kernels.append(
-                Kernel(
-                    shape[1], grid, int(shape[3]), int(shape[4]), "kWhile" in kinds, "kCommandBuffer" in kinds,
-                    registers, spilled,
-                )
-            )  # fmt: skip
+            kernels.append(Kernel(shape[1], grid, int(shape[3]), int(shape[4]), *place))
+        elif kind == "kCustomCall":
+            kernels.append(Kernel("custom call", (), 0, 0, *place))
     return tuple(kernels), whole

@@ -48,7 +48,8 @@ def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs)
         (1, 1, "bfloat16"), (1, 64, "bfloat16"), (1, 64, "float8_e4m3fn"), (8, 32, "bfloat16"), (64, 4, "bfloat16")
     }  # fmt: skip
     for row in kernels:
-        assert row["launches"] <= 2 and row["spilled_bytes"] == 0 and row["shared_bytes"] <= 232448, row
+        launches = 2 + (row["what"] == "mosaic")  # which lays the mask out, once for all layers
+        assert row["launches"] <= launches and row["spilled_bytes"] == 0 and row["shared_bytes"] <= 232448, row
         assert row["registers"] > 0, row  # ptxas was heard
 
 
@@ -80,6 +81,7 @@ condition:
     000: kCommandBuffer [source | sink]
         004: kCustomKernel [source | sink] tree_attention grid: [8, 1, 32] threads: [128, 1, 1]  shared_memory: 9 bytes
 005: kCustomKernel [source | sink] last grid: [2, 1, 1] threads: [64, 1, 1]  shared_memory: 0 bytes
+006: kCustomCall   [source | sink] kCustomCall
 """
 
 PTXAS = """\
@@ -90,17 +92,16 @@ ptxas info    : Used 184 registers, used 1 barriers
 """
 
 
-def test_schedules_are_read(h100, tmp_path):
-    (tmp_path / "ptxas.log").write_text(PTXAS)
-    ptxas = h100._read_ptxas(tmp_path / "ptxas.log")
-    assert ptxas == {"tree_attention": (184, 12)} and h100._read_ptxas(tmp_path / "none") == {}
-    kernels, whole = h100._read_schedule(SCHEDULE, ptxas)
+def test_schedules_are_read(h100):
+    assert h100._read_ptxas(PTXAS) == {"tree_attention": h100.Ptxas(184, 12)} and h100._read_ptxas("") == {}
+    kernels, whole = h100._read_schedule(SCHEDULE)
     assert not whole
     assert [(k.name, k.in_loop, k.in_command_buffer) for k in kernels] == [
         ("loop_and_fusion", True, False),
         ("tree_attention", True, True),
         ("last", False, False),
+        ("custom call", False, False),
     ]
-    assert kernels[1] == h100.Kernel("tree_attention", (8, 1, 32), 128, 9, True, True, 184, 12)
+    assert kernels[1] == h100.Kernel("tree_attention", (8, 1, 32), 128, 9, True, True)
     inside = "000: kCommandBuffer [source | sink]\n" + "".join(f"    {line}\n" for line in SCHEDULE.splitlines())
-    assert h100._read_schedule(inside, ptxas)[1]
+    assert h100._read_schedule(inside)[1]
