@@ -7,20 +7,32 @@ raises NotImplementedError naming the shape.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import jax
 
 from jeagle.cache import Prefix
-from pallas_kernels import tree_attention_mosaic, tree_attention_pallas, tree_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
 
+Implementation = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def _from(module: str) -> Implementation:
+    """Imported at its first call: Mosaic alone is a third of a second, and a lowering may leave JAX."""
+
+    def compute(*args, **kwargs):
+        return import_module(f"pallas_kernels.{module}").tree_attention(*args, **kwargs)
+
+    return compute
+
+
 # name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B)
 #           -> (out_BTKGH, lse_BTKG); tree_attention_xla.py says what each is.
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "xla": tree_attention_xla.tree_attention,
-    "pallas": tree_attention_pallas.tree_attention,
-    "mosaic": tree_attention_mosaic.tree_attention,
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "xla": _from("tree_attention_xla"),
+    "pallas": _from("tree_attention_pallas"),
+    "mosaic": _from("tree_attention_mosaic"),
 }
 
 
