@@ -32,8 +32,7 @@ def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, weights: ja
 
     On a CPU, 2 to ROWS_APART rows are multiplied one by one. XLA:CPU streams the weights through a matrix-vector
     product but repacks them for a matrix-matrix one, which costs more than reading them from the cache again for each
-    row. How much depends on the cache: verifying 2 and 4 nodes (scripts/bench_decode.py) went from 1.39 and 2.03 plain
-    steps to 1.08 and 1.65 on one machine; on another the products alone went from 1.72 and 2.86 to 1.53 and 2.38.
+    row (scripts/bench_decode.py measures it: how much is won depends on the machine's caches).
     """
     rows = x.reshape(-1, x.shape[-1])
     if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32 or weights.size < LARGE:
