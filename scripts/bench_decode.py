@@ -69,14 +69,17 @@ def chain_tree(state: DecodeState, num_nodes: int) -> Tree:
     return Tree(token_BT, parent_BT, depth_BT, mask, jnp.ones_like(token_BT, dtype=bool))
 
 
-def verify_steps(definition, params, state: DecodeState, *, num_nodes: int, taps: tuple[int, ...]) -> DecodeState:
+def verify_steps(
+    definition, params, state: DecodeState, *, num_nodes: int, taps: tuple[int, ...], attention: str = "auto"
+) -> DecodeState:
     """STEPS times: forward over T nodes, LM head, choice, acceptance, commit of one position."""
     target: Llama = nnx.merge(definition, params)
 
     def step(_, state: DecodeState) -> DecodeState:
         tree = chain_tree(state, num_nodes)
         position_BT = state.length_B[:, None] + tree.depth_BT
-        forward = target(tree.token_BT, position_BT, tree.mask_BTT, state.cache, state.prefix, taps=taps)
+        given = tree.token_BT, position_BT, tree.mask_BTT, state.cache, state.prefix
+        forward = target(*given, taps=taps, attention=attention)
         chosen_BT = choose(target.logits(forward.hidden_BTD), position_BT + 1, state.sampling, Filters())
         path_BP, _ = accept(tree, chosen_BT, num_nodes)
         one_B = jnp.ones_like(state.length_B)
@@ -86,7 +89,7 @@ def verify_steps(definition, params, state: DecodeState, *, num_nodes: int, taps
     return jax.lax.fori_loop(0, STEPS, step, state)
 
 
-def draft_steps(definitions, params, state: DecodeState) -> DecodeState:
+def draft_steps(definitions, params, state: DecodeState, *, attention: str = "auto") -> DecodeState:
     """STEPS times: one position through the head, its LM head, and the best 4 children."""
     target, head = (nnx.merge(d, p) for d, p in zip(definitions, params))
     draft = state.draft
@@ -96,10 +99,12 @@ def draft_steps(definitions, params, state: DecodeState) -> DecodeState:
         cache, length_B, token_B1, feature_B1D = carry
         prefix = state.prefix.with_length(length_B)
         see_self = jnp.ones((1, 1, 1), bool)
-        ran = head(token_B1, feature_B1D, length_B[:, None], see_self, cache, prefix, target=target)
+        given = token_B1, feature_B1D, length_B[:, None], see_self, cache, prefix
+        ran = head(*given, target=target, attention=attention)
         _, best = jax.lax.top_k(head.logits(ran.hidden_BTD, target), 4)
         cache = commit(cache, after(ran.new_kv, best), prefix, jnp.ones_like(length_B))
-        return cache, length_B + 1, best[:, :, 0], ran.feature_BTD
+        token_B1 = best[:, :, 0] if head.draft_to_target is None else head.draft_to_target[...][best[:, :, 0]]
+        return cache, length_B + 1, token_B1, ran.feature_BTD
 
     first = (draft.cache, state.length_B, state.root_B[:, None], head.fuse(draft.feature_BPX[:, :1]))
     cache, *_ = jax.lax.fori_loop(0, STEPS, step, first)

@@ -14,23 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_decode import chain_tree, make_batch
+from bench_decode import STEPS, draft_steps, make_batch, verify_steps
 from flax import nnx
 
 from gpu_parts.rows import Rows, Settings
 from gpu_parts.timing import best_seconds, copy_bandwidth, filled, num_kernels, require_memory
-from jeagle.cache import KVCache, after, commit
+from jeagle.cache import KVCache, commit
 from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead, TokenMap
 from jeagle.llama import Llama
-from jeagle.sampling import Filters, choose
 from jeagle.tree import OFF, StaticTree, Tree, TreePlan, ancestor_mask
 from jeagle.verify import accept
 
 SHAPES = {"8B": "llama3_8b", "1B": "llama3_1b"}
-CONTEXTS, NODES, STEPS = (1024, 8192), (1, 32, 8, 64), 16
+CONTEXTS, NODES = (1024, 8192), (1, 32, 8, 64)
 ROOM = 256  # cache positions beyond the longest context
 NEVER = 1 << 30  # max_tokens of a row that is to go on
 
@@ -107,45 +106,6 @@ class Timed:
         return best_seconds(run) / STEPS
 
 
-def verify_steps(params, state: DecodeState, *, subject: Subject, num_nodes: int) -> DecodeState:
-    """STEPS times: forward over T nodes, LM head, choice, acceptance, commit of one position."""
-    target: Llama = nnx.merge(subject.definitions[0], params)
-    taps = subject.head.config.taps
-
-    def step(_, state: DecodeState) -> DecodeState:
-        tree = chain_tree(state, num_nodes)
-        position_BT = state.length_B[:, None] + tree.depth_BT
-        given = tree.token_BT, position_BT, tree.mask_BTT, state.cache, state.prefix
-        forward = target(*given, taps=taps, attention=subject.attention)
-        chosen_BT = choose(target.logits(forward.hidden_BTD), position_BT + 1, state.sampling, Filters())
-        path_BP, _ = accept(tree, chosen_BT, num_nodes)
-        pages = commit(state.cache, forward.new_kv, state.prefix, jnp.ones_like(state.length_B), path_BP)
-        return dataclasses.replace(state, cache=pages, length_B=state.length_B + 1, root_B=chosen_BT[:, 0])
-
-    return jax.lax.fori_loop(0, STEPS, step, state)
-
-
-def draft_steps(params, state: DecodeState, *, subject: Subject) -> DecodeState:
-    """STEPS times: one position through the head, its LM head, and the best 4 children."""
-    target, head = (nnx.merge(d, p) for d, p in zip(subject.definitions, params))
-    draft = state.draft
-    assert draft is not None
-
-    def step(_, carry):
-        pages, length_B, token_B1, feature_B1D = carry
-        prefix, see_self = state.prefix.with_length(length_B), jnp.ones((1, 1, 1), bool)
-        given = token_B1, feature_B1D, length_B[:, None], see_self, pages, prefix
-        ran = head(*given, target=target, attention=subject.attention)
-        _, best_B1C = jax.lax.top_k(head.logits(ran.hidden_BTD, target), 4)
-        token_B1 = head.draft_to_target[...][best_B1C[:, :, 0]]
-        pages = commit(pages, after(ran.new_kv, best_B1C), prefix, jnp.ones_like(length_B))
-        return pages, length_B + 1, token_B1, ran.feature_BTD
-
-    first = (draft.cache, state.length_B, state.root_B[:, None], head.fuse(draft.feature_BPX[:, :1]))
-    pages, *_ = jax.lax.fori_loop(0, STEPS, step, first)
-    return dataclasses.replace(state, draft=dataclasses.replace(draft, cache=pages))
-
-
 def accept_steps(new_kv, state: DecodeState, *, num_nodes: int) -> DecodeState:
     """STEPS times: walk down a tree of four branches whose choices depend on the length, and commit the path."""
     node_1T = jnp.arange(num_nodes, dtype=jnp.int32)[None, :]
@@ -169,11 +129,13 @@ def pieces(subject: Callable[[], Subject], tiny: bool) -> Iterator[tuple[dict[st
 
     def verify(num_nodes: int) -> Timed:
         s = subject()
-        return Timed(partial(verify_steps, subject=s, num_nodes=num_nodes), s.params[0], s.state())
+        steps = partial(verify_steps, s.definitions[0], num_nodes=num_nodes, taps=s.head.config.taps)
+        return Timed(partial(steps, attention=s.attention), s.params[0], s.state())
 
     def draft() -> Timed:
         s = subject()
-        return Timed(partial(draft_steps, subject=s), s.params, s.state(StaticTree.chain(1)))
+        steps = partial(draft_steps, s.definitions, attention=s.attention)
+        return Timed(steps, s.params, s.state(StaticTree.chain(1)))
 
     def accept_commit(num_nodes: int) -> Timed:
         s = subject()
