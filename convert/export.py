@@ -36,10 +36,10 @@ from convert.eagle import describe, head_rules
 from convert.eagle_config import TAP_IDS
 from convert.table import ConversionError, Rule, unfill
 from jeagle.checkpoint import load_eagle
-from jeagle.config import EagleConfig, RopeScaling
+from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
 
-__all__ = ["export", "main"]
+__all__ = ["export", "llama_config", "main"]
 
 SPECULATORS_VERSION = "0.9.0"  # the release whose fields and names are written here
 
@@ -164,7 +164,7 @@ def _read_back(written: dict[str, Any], config: EagleConfig, form: str, name: st
     return description.rules
 
 
-def _llama_config(config: EagleConfig) -> dict[str, Any]:
+def llama_config(config: LlamaConfig | EagleConfig) -> dict[str, Any]:
     """What every form says of the blocks, in HF's names. Rope in the classic fields, which old and new readers know."""
     return {
         "model_type": "llama",
@@ -200,7 +200,7 @@ def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
 
 def _eagle1_config(config: EagleConfig) -> dict[str, Any]:
     # EAGLE takes a missing bias for true. Its architecture is a plain Llama's, which vLLM renames.
-    written = {"architectures": ["LlamaForCausalLM"], **_llama_config(config), "bias": config.fc_bias}
+    written = {"architectures": ["LlamaForCausalLM"], **llama_config(config), "bias": config.fc_bias}
     return {**written, "draft_vocab_size": config.draft_vocab_size} if config.reduced_vocabulary else written
 
 
@@ -212,7 +212,7 @@ def _norm_flags(config: EagleConfig) -> dict[str, bool]:
 def _eagle3_config(config: EagleConfig) -> dict[str, Any]:
     written = {
         "architectures": ["LlamaForCausalLMEagle3"],
-        **_llama_config(config),
+        **llama_config(config),
         "bias": config.fc_bias,
         # null tells SGLang to take the target's LM head; the field itself must be there.
         "draft_vocab_size": config.draft_vocab_size if config.own_lm_head else None,
@@ -232,7 +232,7 @@ def _speculators_config(config: EagleConfig, verifier: str | None, speculative_t
     if speculative_tokens < 1:
         raise ConversionError(f"speculative_tokens must be at least 1, got {speculative_tokens}")
     # vLLM makes the draft's config of transformer_layer_config and counts the taps there, not in their list.
-    body = {**_llama_config(config), "num_aux_hidden_states": len(config.taps)}
+    body = {**llama_config(config), "num_aux_hidden_states": len(config.taps)}
     proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
     proposal |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
     return {

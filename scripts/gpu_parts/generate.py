@@ -7,30 +7,13 @@ import time
 from functools import partial
 from typing import Any
 
+from convert.export import llama_config
 from gpu_parts.rows import Rows, Settings, Skip
 from gpu_parts.steps import SHAPES, config_of, with_random_weights
-from jeagle import LLM, LlamaConfig, SamplingParams
+from jeagle import LLM, SamplingParams
 from jeagle.llama import Llama
 
 PROMPT, TOKENS = 100, 256
-
-
-def foreign_config(config: LlamaConfig) -> dict[str, Any]:
-    """The same shape as transformers' LlamaConfig names it. Rotary scaling is left out: it costs nothing."""
-    return dict(
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        rms_norm_eps=config.norm_eps,
-        max_position_embeddings=config.max_position,
-        tie_word_embeddings=config.tie_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=list(config.eos_token_ids),
-    )
 
 
 def ours(shape: str, settings: Settings, prompt: list[int], tokens: int) -> dict[str, Any]:
@@ -54,7 +37,9 @@ def theirs(shape: str, settings: Settings, prompt: list[int], tokens: int) -> di
         raise Skip(f"not installed: {error.name or error}") from None
     if not settings.tiny and not torch.cuda.is_available():
         raise Skip("not installed: torch with CUDA")
-    found = generate_seconds(foreign_config(config_of(shape)), prompt, tokens, tiny=settings.tiny)
+    config = config_of(shape)
+    form = llama_config(config) | dict(tie_word_embeddings=config.tie_embeddings)
+    found = generate_seconds(form, prompt, tokens, tiny=settings.tiny)
     return dict(found, tokens_per_second=tokens / found["seconds"], tokens=tokens)
 
 
