@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_decode import make_batch
 from common import environment, write_result
 from flax import nnx
 from h100 import CannotCompile, Compiled, compile_for_h100, python_for_h100
@@ -37,10 +38,9 @@ from rich.table import Table
 from jeagle.attention import IMPLEMENTATIONS
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
-from jeagle.decoder import Batch, Decoder
+from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
-from jeagle.sampling import RowSampling, SamplingParams, seed_keys
 from jeagle.tree import OFF, DynamicTree, TreePlan
 
 LOOP_FLAGS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
@@ -95,12 +95,7 @@ def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
 
     decoder = Decoder(*nnx.eval_shape(modules))
     program = Program(plan=PLANS[name], attention=attention)
-    batch = Batch(
-        [np.ones(40, np.int32)],
-        RowSampling.stack([SamplingParams()], seed_keys(0, 1)),
-        np.full((1, 4), -1, np.int32),
-        np.full(1, 8, np.int32),
-    )
+    batch = make_batch(1, [1] * 40, 8)
     state = jax.eval_shape(
         lambda: decoder.first_state(decoder.empty_caches(1, program, CAPACITY), batch, program, CAPACITY)
     )

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import Mesh, use_abstract_mesh
+
+from jeagle.sharding import data_mesh, replicated
 
 __all__ = ["CannotCompile", "Compiled", "Kernel", "compile_for_h100", "python_for_h100"]
 
@@ -70,7 +71,6 @@ class Ptxas(NamedTuple):
 class Compiled:
     kernels: tuple[Kernel, ...]  # in the order of the schedule
     ptxas: dict[str, Ptxas]  # by name
-    hlo: str
     alias_bytes: int
     temp_bytes: int
     whole_loop_is_command_buffer: bool
@@ -121,13 +121,13 @@ def _mesh() -> Mesh:
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise CannotCompile(f"no CUDA plugin (pip install jax-cuda13-plugin jax-cuda13-pjrt): {reason}") from None
-    return Mesh(np.array(topology.devices), ("device",))
+    return data_mesh(list(topology.devices))
 
 
 def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
     """A jitted function compiled for one H100; args are arrays or anything with shapes and dtypes."""
     directory = Path(os.environ["JEAGLE_H100"])
-    sharding = NamedSharding(_mesh(), PartitionSpec())
+    sharding = replicated(_mesh())
 
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -144,7 +144,7 @@ def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
     kernels, whole = _read_schedule(schedule.read_text())
     ctypes.CDLL(None).fflush(None)  # Mosaic's words
     ptxas = _read_ptxas(log.read_text()[before:])
-    return Compiled(kernels, ptxas, compiled.as_text(), memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole)
+    return Compiled(kernels, ptxas, memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole)
 
 
 def _read_ptxas(words: str) -> dict[str, Ptxas]:
