@@ -28,9 +28,7 @@ class Plan(NamedTuple):
     stages: int  # loads in flight
 
 
-def plan(
-    *, B: int, T: int, K: int, G: int, H: int, capacity: int, dtype: jnp.dtype, num_multiprocessors: int | None = None
-) -> Plan:
+def plan(*, B: int, T: int, K: int, G: int, H: int, capacity: int, dtype: jnp.dtype) -> Plan:
     """The plan for q [B, T, K, G, H] over a cache of at most ``capacity`` positions per request.
 
     The rule: rows up to 64 in one block (beyond, 128, which two warp groups share); steps of 64 keys; then as many
@@ -43,7 +41,7 @@ def plan(
     rows = min(rows, 32 if wide else 128)
     keys = min(32 if wide else 64, max(16, power_of_two(capacity)))
     programs = B * K * -(-T * G // rows)
-    room = max(1, WAVES * (num_multiprocessors or NUM_MULTIPROCESSORS) // programs)
+    room = max(1, WAVES * NUM_MULTIPROCESSORS // programs)
     longest = max(1, capacity // (2 * keys))
     splits = min(power_of_two(room + 1) // 2, power_of_two(longest + 1) // 2)
     return Plan(rows, keys, max(1, splits), warps=8 if rows >= 128 else 4, stages=2 if wide or H > 128 else 3)
