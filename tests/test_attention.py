@@ -179,7 +179,7 @@ def test_equals_a_dense_softmax(compute, name):
         assert_equals_dense(compute, draw(shape, seed, share=seed % 3 == 2), shape.page_size, tolerance)
 
 
-@settings(max_examples=4)
+@settings(max_examples=6)
 @given(
     shape=st.builds(
         Shape,
