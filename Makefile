@@ -32,9 +32,10 @@ H100 := .h100
 demo: $(INSTALLED)
 	$(BIN)/jeagle demo
 
-# On the newest JAX only the tests run: its annotations are not what mypy was pinned against.
+# On the newest JAX only the tests run: its annotations are not what mypy was pinned against. Two processes, a file of
+# tests each: most of the time is XLA compiling, on one core.
 test: $(INSTALLED) $(if $(filter pinned,$(JAX)),lint)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # JAX's CUDA plugin in a folder of its own: in the environment it would look for a GPU whenever JAX starts. Where it
 # cannot be fetched the tests say so and are skipped.

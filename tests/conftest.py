@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start processe
 import hypothesis
 import jax
 import pytest
+from filelock import FileLock
 
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,13 +51,15 @@ def smollm2_dir() -> Path:
     if named:
         return Path(named)
     directory = ROOT / "models" / "smollm2-135m"
-    if not directory.exists():
-        from convert import ConversionError, smollm2
+    directory.parent.mkdir(exist_ok=True)
+    with FileLock(directory.with_suffix(".lock")):  # several processes test side by side
+        if not directory.exists():
+            from convert import ConversionError, smollm2
 
-        try:
-            smollm2.fetch(directory)
-        except ConversionError as error:
-            if IN_CI or "cannot download" not in str(error):
-                raise
-            pytest.skip(f"SmolLM2-135M-Instruct is not in {directory} and could not be fetched: {error}")
+            try:
+                smollm2.fetch(directory)
+            except ConversionError as error:
+                if IN_CI or "cannot download" not in str(error):
+                    raise
+                pytest.skip(f"SmolLM2-135M-Instruct is not in {directory} and could not be fetched: {error}")
     return directory
