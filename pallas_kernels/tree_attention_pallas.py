@@ -56,7 +56,12 @@ def tree_attention(
         raise NotImplementedError(f"attention 'pallas': 8-bit pages {pages_k.shape} lie between 2 and 4 GiB")
     capacity = page_table_BM.shape[1] * pages_k.shape[2]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=capacity, dtype=q_BTKGH.dtype)
-    operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v)
+    U = k_BUKH.shape[1]
+    # Up to where a node sees the suffix: half of a prompt's chunk is skipped. The same for all layers, so made once.
+    reach = jnp.zeros((1, T), jnp.int32)  # not looked at
+    if p.keys < U:
+        reach = jnp.max(jnp.where(suffix_mask, jnp.arange(1, U + 1, dtype=jnp.int32), 0), axis=-1)
+    operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, reach, pages_k, pages_v)
     return lax.platform_dependent(
         *operands,
         *(scales or ()),
@@ -92,7 +97,18 @@ def _launch(*operands: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Arra
 
 
 def _attend_kernel(
-    start_ref, length_ref, table_ref, q_ref, k_ref, v_ref, mask_ref, pages_k_ref, pages_v_ref, *rest, plan: Plan
+    start_ref,
+    length_ref,
+    table_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    mask_ref,
+    reach_ref,
+    pages_k_ref,
+    pages_v_ref,
+    *rest,
+    plan: Plan,
 ):
     """One (request, kv head), one block of rows, one split. Refs are whole arrays."""
     *scale_refs, out_ref, lse_ref = rest
@@ -159,7 +175,11 @@ def _attend_kernel(
         jnp.zeros((plan.rows,), jnp.float32),
         jnp.zeros((plan.rows, H), jnp.float32),
     )
-    carry = lax.fori_loop(0, jnp.where(split == 0, jnp.int32(-(-U // width)), jnp.int32(0)), suffix, carry)
+    suffix_blocks = jnp.int32(1)
+    if width < U:
+        reach_R = pltriton.load(reach_ref.at[mask_row, node_R], mask=packed_R < T * G, other=0)
+        suffix_blocks = (jnp.max(reach_R) + width - 1) // width
+    carry = lax.fori_loop(0, jnp.where(split == 0, suffix_blocks, 0), suffix, carry)
     highest, total, acc = lax.fori_loop(low, high, prefix, carry)
 
     out = (acc / jnp.where(total == 0, 1.0, total)[:, None]).astype(out_ref.dtype)
