@@ -116,6 +116,16 @@ def check(checkpoint: Path, tensors: dict[str, np.ndarray], dtype=np.float32) ->
     assert used == sum(x.size for x in got.values())
 
 
+def with_header(text: bytes):
+    """Damage: a safetensors file with this header and nothing else."""
+    return lambda source: (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def reconfig(**changes):
+    """Damage: other fields in config.json; None is null."""
+    return lambda source: (source / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+
+
 def arrays(module) -> dict[str, np.ndarray]:
     flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}

@@ -1,0 +1,159 @@
+"""Conversion on a full disk, stopped, killed, met by another, short of memory: nothing half-written is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CONFIG, D, F, H, K, L, N, V, check, make_hf, make_tensors, reconfig, small_disk, with_header  # noqa: F401
+
+import convert
+from convert.__main__ import main
+from jeagle import checkpoint_writer
+from jeagle.checkpoint import CheckpointError
+
+
+def test_full_disk(tmp_path, small_disk, capsys, monkeypatch):  # noqa: F811
+    source = make_hf(
+        tmp_path / "hf", {**make_tensors(), "model.embed_tokens.weight": np.ones((V << 13, D), np.float32)}
+    )
+    reconfig(vocab_size=V << 13, tie_word_embeddings=True)(source)
+    for free, said in ((None, "make room"), (1 << 40, "disk is full")):
+        if free is not None:  # what another process takes meanwhile
+            monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 40}))
+        assert main([str(source), str(small_disk / "ours")]) == 1
+        assert said in capsys.readouterr().err
+        assert list(small_disk.iterdir()) == []
+
+
+def test_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    source = make_hf(tmp_path / "hf")
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "finish", interrupted)
+    assert main([str(source), str(tmp_path / "ours")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_two_at_once_into_one_destination(tmp_path, monkeypatch):
+    source, both_written, results = make_hf(tmp_path / "hf"), threading.Barrier(2, timeout=60), []
+    finish = checkpoint_writer.CheckpointWriter.finish
+
+    def finish_together(*args):
+        both_written.wait()
+        return finish(*args)
+
+    def work():
+        try:
+            results.append(convert.convert(source, tmp_path / "ours", progress=False))
+        except CheckpointError as error:
+            results.append(str(error))
+
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "finish", finish_together)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused, made = sorted(results, key=lambda result: isinstance(result, Path))
+    assert "another process" in refused
+    check(made, make_tensors())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+KILLED = """
+import os, sys, convert
+from jeagle.checkpoint_writer import CheckpointWriter
+add = CheckpointWriter.add
+def told(self, path, *rest):
+    add(self, path, *rest)
+    self._commit()
+    print(path, flush=True)
+CheckpointWriter.add = told
+convert.convert(sys.argv[1], sys.argv[2], progress=False)
+"""
+
+
+def test_sigkill_leaves_no_destination(tmp_path):
+    """Killed while it writes: no destination, and the next run sweeps up and succeeds."""
+    source = make_hf(tmp_path / "hf")
+    tensors = 2 + 1 + 6 * L
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "ours")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert process.stdout is not None
+    with process, process.stdout:
+        for _ in range(int(time.time_ns()) % (tensors - 1) + 1):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    left = [p.name for p in tmp_path.iterdir() if p != source]
+    assert len(left) == 1
+    assert left[0].startswith(".ours.tmp-")
+    check(convert.convert(source, tmp_path / "ours"), make_tensors())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def _anonymous_bytes() -> int:
+    with Path("/proc/self/status").open() as status:  # mapped files do not count: the kernel may drop them
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_stays_at_one_tensor(tmp_path, monkeypatch):
+    """A 270 MB model of zeros through 34 MB tensors; holding all of it would show."""
+    monkeypatch.setattr(checkpoint_writer, "COMMIT_BYTES", 16 << 20)
+    monkeypatch.setattr(checkpoint_writer, "CHUNK_BYTES", 8 << 20)
+    width, mlp, layers = 1024, 4096, 4
+    source = make_hf(
+        tmp_path / "hf", hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=8
+    )
+    shapes = {"model.embed_tokens.weight": (V, width), "model.norm.weight": (width,), "lm_head.weight": (V, width)}
+    for i in range(layers):
+        shapes |= {
+            f"model.layers.{i}.{n}.weight": s
+            for n, s in {
+                "input_layernorm": (width,),
+                "post_attention_layernorm": (width,),
+                "self_attn.q_proj": (width, width),
+                "self_attn.k_proj": (width // 4, width),
+                "self_attn.v_proj": (width // 4, width),
+                "self_attn.o_proj": (width, width),
+                "mlp.gate_proj": (mlp, width),
+                "mlp.up_proj": (mlp, width),
+                "mlp.down_proj": (width, mlp),
+            }.items()
+        }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with_header(text)(source)
+    os.truncate(source / "model.safetensors", 8 + len(text) + end)
+
+    before, peak, done = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        convert.convert(source, tmp_path / "ours", progress=False)
+    finally:
+        done.set()
+        watcher.join()
+    assert end > 220 << 20
+    assert peak - before < 110 << 20
