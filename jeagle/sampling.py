@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
-__all__ = ["Filters", "RowSampling", "SamplingParams", "choose", "gumbel", "warp"]
+__all__ = ["SAMPLERS", "Filters", "RowSampling", "SamplingParams", "choose", "gumbel", "resolve_sampler", "warp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +208,46 @@ def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Arra
     return jnp.where(greedy, logits_BTV, x)
 
 
-def choose(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
-    """The target's token at each of ``position_BT`` (the positions being filled), int32 [B, T]."""
+def _choose_xla(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
     x = warp(logits_BTV, rows, filters)
     if filters.sample:
         noise = gumbel(rows.seed_B2, position_BT, jnp.arange(x.shape[-1]))
         # The barrier keeps XLA:CPU from fusing the noise into the argmax, where it takes three times as long.
         x = jax.lax.optimization_barrier(x + jnp.where(rows.temperature_B[:, None, None] == 0, 0.0, noise))
     return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+
+def _choose_pallas(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
+    from pallas_kernels import choose_pallas  # at its first call: the lowering may leave JAX
+
+    B, T, V = logits_BTV.shape
+    columns = (rows.seed_B2, rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B)
+    each = (jnp.repeat(x, T, axis=0) for x in columns)  # the kernel knows rows, each with parameters of its own
+    token_R = choose_pallas.choose(logits_BTV.reshape(-1, V), position_BT.reshape(-1), *each, filters=filters)
+    return token_R.reshape(B, T)
+
+
+SAMPLERS: dict[str, Callable[[jax.Array, jax.Array, RowSampling, Filters], jax.Array]] = {
+    "xla": _choose_xla,
+    "pallas": _choose_pallas,
+}
+
+
+def resolve_sampler(name: str) -> str:
+    """The sampler that serves ``name``. "auto" is "xla": no GPU has run the kernel yet (scripts/gpu_suite.py does)."""
+    if name == "auto":
+        return "xla"
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is unknown; choose one of {['auto', *SAMPLERS]}")
+    return name
+
+
+def choose(
+    logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters, *, sampler: str = "auto"
+) -> jax.Array:
+    """The target's token at each of ``position_BT`` (the positions being filled), int32 [B, T].
+
+    sampler: "xla", "pallas" (one launch for everything; pallas_kernels/choose_pallas.py) or "auto". Both choose the
+    same token.
+    """
+    return SAMPLERS[resolve_sampler(sampler)](logits_BTV, position_BT, rows, filters)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jeagle.sampling import Filters, RowSampling, choose, gumbel
+from jeagle.sampling import SAMPLERS, Filters, RowSampling, choose, gumbel, resolve_sampler
 from pallas_kernels import choose_pallas
 
 R = 32
@@ -59,8 +59,7 @@ def programs(V: int, filters: Filters = ALL, dtype: type = np.float32, lanes: in
     """(kernel, reference) compiled for R rows, both f(logits, position, rows)."""
 
     def kernel(logits, position, rows):
-        columns = rows.seed_B2, rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B
-        return choose_pallas.choose(logits, position, *columns, filters=filters)
+        return choose(logits[:, None], position[:, None], rows, filters, sampler="pallas")[:, 0]
 
     def reference(logits, position, rows):
         return choose(logits.astype(jnp.float32)[:, None], position[:, None], rows, filters)[:, 0]
@@ -147,3 +146,17 @@ def test_reach_covers_the_noise():
     key = jnp.array([[123, 2**32 - 5]], jnp.uint32)
     ours = jax.jit(lambda t: choose_pallas._gumbel(choose_pallas._threefry(*key[0], jnp.int32(77), t)))(tokens)
     np.testing.assert_array_equal(ours, jax.jit(partial(gumbel, key, jnp.array([[77]])))(tokens)[0, 0])
+
+
+def test_nodes_of_a_tree_are_chosen_with_their_rows_parameters():
+    draws = [draw(130, seed) for seed in range(3)]
+    logits_BTV, position_BT = (jnp.stack([d[i] for d in draws], axis=1) for i in (0, 1))
+    rows = draws[0][2]
+    tokens = [jax.jit(partial(choose, filters=ALL, sampler=name))(logits_BTV, position_BT, rows) for name in SAMPLERS]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_names_are_resolved_and_never_replaced():
+    assert resolve_sampler("auto") == "xla" and list(map(resolve_sampler, SAMPLERS)) == list(SAMPLERS)
+    with pytest.raises(ValueError, match=r"sampler 'triton' is unknown; choose one of \['auto', 'xla', 'pallas'\]"):
+        resolve_sampler("triton")

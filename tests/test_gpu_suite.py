@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import gpu_suite
 from gpu_parts import attention, check, report, rows, timing
 
+from jeagle.sampling import SAMPLERS
+
 HEADING = dict(script="gpu_suite", part="steps", tiny=True, device="cpu", jax="0", commit="abc")
 
 
@@ -41,16 +43,18 @@ def test_suite(tmp_path, capfd, monkeypatch):
     foreign = [dict(what="chat", dtype="bfloat16", implementation="xla", status="skipped", why="no model")]
     (tmp_path / "smollm2.json").write_text(json.dumps(HEADING | dict(device="H100", runs={}, rows=foreign)))
     assert suite(tmp_path, "--parts", "5", "1", "2") == 0
-    first = {part: read(tmp_path, part) for part in ("check", "attention")}
+    first = {part: read(tmp_path, part) for part in ("check", "attention", "choosing")}
     for part in first.values():
         assert part["tiny"] and {"device", "jax", "commit", "command", "load_average"} <= set(part)
         assert all(run == {"status": "complete"} for run in part["runs"].values())
     found = {(row["operation"], row["implementation"]) for row in first["check"]["rows"]}
-    assert found >= {("attention", name) for name in attention.IMPLEMENTATIONS} | {("choose", "xla")}
+    assert found >= {("attention", name) for name in attention.IMPLEMENTATIONS} | {("choose", s) for s in SAMPLERS}
     done = [row for row in first["check"]["rows"] if row["status"] == "measured"]
     assert done and all(row["ok"] for row in done)
     timed = [row for row in first["attention"]["rows"] if row["status"] == "measured" and "T" in row]
     assert {row["implementation"] for row in timed} >= {"xla", "pallas"} and all(row["seconds"] > 0 for row in timed)
+    chosen = [row for row in first["choosing"]["rows"] if row["status"] == "measured" and "T" in row]
+    assert {row["implementation"] for row in chosen} == set(SAMPLERS) and all(row["seconds"] > 0 for row in chosen)
     reasons = {row["why"] for row in first["attention"]["rows"] if row["status"] == "skipped"}
     assert "cuDNN needs a GPU" in reasons
 

@@ -18,25 +18,11 @@ import numpy as np
 from gpu_parts.rows import Rows, Settings
 from gpu_parts.timing import require_memory
 from jeagle.attention import IMPLEMENTATIONS
-from jeagle.sampling import Filters, RowSampling, SamplingParams, choose, gumbel, seed_keys
-from pallas_kernels import choose_pallas
+from jeagle.sampling import SAMPLERS, Filters, RowSampling, SamplingParams, choose, gumbel, seed_keys
 
 # ||found - expected|| / ||expected||. In float32 a GPU may multiply in TF32, whose products are good to 5e-4.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2}
 LSE_TOLERANCE = {"float32": 5e-3, "bfloat16": 2e-2}  # absolute
-
-
-def choose_by_kernel(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
-    """The kernel knows rows, each with parameters of its own."""
-    B, T, V = logits_BTV.shape
-    columns = (rows.seed_B2, rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B)
-    each = (jnp.repeat(x, T, axis=0) for x in columns)
-    return choose_pallas.choose(logits_BTV.reshape(-1, V), position_BT.reshape(-1), *each, filters=filters).reshape(
-        B, T
-    )
-
-
-CHOOSE: dict[str, Callable[..., jax.Array]] = {"xla": choose, "pallas": choose_by_kernel}
 
 
 @dataclass(frozen=True)
@@ -186,10 +172,10 @@ def sampling(rows: Rows, settings: Settings) -> None:
     for case, params in FILTERS.items():
         row_sampling = RowSampling.stack([params] * B, seed_keys(1, B))
         filters = Filters.needed([params])
-        for name, implementation in CHOOSE.items():
+        for name in SAMPLERS:
 
-            def compare(params=params, row_sampling=row_sampling, filters=filters, implementation=implementation):
-                compute = jax.jit(implementation, static_argnums=3)
+            def compare(params=params, row_sampling=row_sampling, filters=filters, name=name):
+                compute = jax.jit(partial(choose, sampler=name), static_argnums=3)
                 chosen_BT = np.asarray(compute(logits_BTV, position_BT, row_sampling, filters))
                 score_BTV = reference_warp(logits_BTV.astype(np.float64), params)
                 if params.temperature:

@@ -89,6 +89,20 @@ def attention_table(part: Part) -> Table:
     return table
 
 
+def choosing_table(part: Part) -> Table:
+    bandwidth = next((row["bytes_per_second"] for row in select(part, what="copy bandwidth")), None)
+    table = new_table("nodes", "parameters", "sampler", "ms", "of bandwidth", "over XLA")
+    for row in part["rows"]:
+        if "case" in row:
+            spent = row.get("seconds")
+            xla = seconds(part, implementation="xla", case=row["case"], T=row["T"])
+            share = None if spent is None or bandwidth is None else row["bytes"] / spent / bandwidth
+            time = row["status"] if spent is None else f"{spent * 1e3:.4f}"
+            figures = (time, show(share, "{:.0%}"), show(over(spent, xla)))
+            table.add_row(str(row["T"]), row["case"], row["implementation"], *figures)
+    return table
+
+
 def steps_table(part: Part) -> Table:
     table = new_table("shape", "what", "attention", "T", "context", "ms", "floor / time", "over plain", "kernels")
     for row in part["rows"]:
@@ -187,6 +201,7 @@ def target_table(results: dict[str, Part]) -> Table:
 TABLES = dict(
     check=check_table,
     attention=attention_table,
+    choosing=choosing_table,
     steps=steps_table,
     loop=loop_table,
     generate=generate_table,
