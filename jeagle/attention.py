@@ -11,7 +11,8 @@ from importlib import import_module
 
 import jax
 
-from jeagle.cache import Prefix
+from jeagle.cache import LayerPages, Prefix
+from jeagle.fp8 import rounded
 
 __all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
 
@@ -27,12 +28,13 @@ def _from(module: str) -> Implementation:
     return compute
 
 
-# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B)
-#           -> (out_BTKGH, lse_BTKG); tree_attention_xla.py says what each is.
+# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B,
+#             scales) -> (out_BTKGH, lse_BTKG); tree_attention_xla.py says what each is.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": _from("tree_attention_xla"),
     "pallas": _from("tree_attention_pallas"),
     "mosaic": _from("tree_attention_mosaic"),
+    "triton": _from("tree_attention_triton"),
 }
 
 
@@ -54,7 +56,7 @@ def attend(
     k_BUKH: jax.Array,
     v_BUKH: jax.Array,
     suffix_mask: jax.Array,
-    layer: tuple[jax.Array, jax.Array],
+    layer: LayerPages,
     prefix: Prefix,
     *,
     implementation: str = "auto",
@@ -64,13 +66,15 @@ def attend(
     Args:
       q_BTKGH: queries, rotated, not yet scaled. k_BUKH, v_BUKH: the suffix's keys and values.
       suffix_mask: bool [B or 1, T, U].
-      layer: this layer's pages. prefix: which cached positions each row sees.
+      layer: this layer's pages. Where they are FP8, the suffix is rounded to what they will hold of it, so what is read
+        of a key does not depend on whether it has been committed. prefix: which cached positions each row sees.
 
     Returns [B, T, K, G, H] in q's dtype: softmax over prefix and suffix together, merged by log-sum-exp in float32
     (arXiv:2508.08192, tree attention). A query that sees nothing gets zeros.
     """
     compute = IMPLEMENTATIONS[resolve(implementation)]
-    out_BTKGH, _ = compute(
-        q_BTKGH, k_BUKH, v_BUKH, suffix_mask, *layer, prefix.page_table_BM, prefix.start_B, prefix.length_B
-    )
+    if layer.scales is not None:
+        k_BUKH, v_BUKH = rounded(k_BUKH), rounded(v_BUKH)
+    seen = prefix.page_table_BM, prefix.start_B, prefix.length_B
+    out_BTKGH, _ = compute(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, layer.keys, layer.values, *seen, layer.scales)
     return out_BTKGH

@@ -4,40 +4,62 @@ One pair of arrays per layer, ``[K, num_pages, page_size, H]``: per-layer arrays
 stacked array would be copied), kv heads lead so that a mesh can split them and a kernel reads one head's page
 contiguously. A row's positions ``[i * page_size, (i+1) * page_size)`` live in page ``page_table[row, i]``. Forwards
 only read; after verification ``commit`` copies the accepted rows and nothing else, so rejected tokens leave no trace.
+
+FP8 pages (``fp8.py``) come with a scale per position and kv head, and are kept as bytes, uint8: XLA:CPU has no gather
+and no scatter of 8-bit floats, and would convert the whole cache to float16 and back for each. ``attend`` rounds what
+is not in the cache yet just as ``commit`` will.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jeagle.config import BlockConfig
+from jeagle.fp8 import FP8, quantize
 
-__all__ = ["KVCache", "NewKV", "Prefix", "after", "commit"]
+__all__ = ["KVCache", "LayerPages", "NewKV", "Prefix", "Scales", "after", "commit"]
 
 NewKV = tuple[jax.Array, jax.Array]  # one layer's (k_BTKH, v_BTKH) of T new positions
+Scales = tuple[jax.Array, jax.Array]  # one layer's, of keys and of values: float32 [K, num_pages, page_size]
+
+
+class LayerPages(NamedTuple):
+    """What attention reads of one layer."""
+
+    keys: jax.Array  # [K, num_pages, page_size, H]
+    values: jax.Array
+    scales: Scales | None  # of FP8 pages
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """keys[i], values[i]: layer i's pages, [K, num_pages, page_size, H]."""
+    """keys[i], values[i]: layer i's pages, [K, num_pages, page_size, H], uint8 where FP8; scales[i]: those of FP8."""
 
     keys: list[jax.Array]
     values: list[jax.Array]
+    scales: list[Scales] | None = None  # None for pages of other dtypes
 
     @classmethod
     def create(cls, config: BlockConfig, *, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVCache:
+        """dtype: what the pages hold; those of ``FP8`` are its bytes, uint8, and get scales."""
         # Zeros, not empty: a masked key contributes weight 0, and 0 * garbage may be NaN.
         shape = (config.num_kv_heads, num_pages, page_size, config.head_dim)
         layers = range(config.num_layers)
-        return cls([jnp.zeros(shape, dtype) for _ in layers], [jnp.zeros(shape, dtype) for _ in layers])
+        eight_bit = jnp.dtype(dtype) == FP8
+        keys, values = ([jnp.zeros(shape, jnp.uint8 if eight_bit else dtype) for _ in layers] for _ in "kv")
+        if not eight_bit:
+            return cls(keys, values)
+        k_scales, v_scales = ([jnp.zeros(shape[:-1], jnp.float32) for _ in layers] for _ in "kv")
+        return cls(keys, values, list(zip(k_scales, v_scales, strict=True)))
 
-    def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
-        return self.keys[index], self.values[index]
+    def layer(self, index: int) -> LayerPages:
+        return LayerPages(self.keys[index], self.values[index], None if self.scales is None else self.scales[index])
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +95,7 @@ def commit(
     """Append rows to each request's cache at positions ``length .. length + count``.
 
     Args:
-      new_kv: per layer (k_BTKH, v_BTKH).
+      new_kv: per layer (k_BTKH, v_BTKH), float whatever the pages are.
       count_B: how many rows to keep; 0 keeps none.
       path_BP: which of the T positions go to length+0, length+1, ...; None takes them in order (P = T).
 
@@ -89,12 +111,32 @@ def commit(
     page_BP = jnp.where(offset_P < count_B[:, None], page_BP, num_pages)
     slot_BP = position_BP % page_size
 
-    def write(pages: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    def rows(new_BTKH: jax.Array) -> jax.Array:
+        """The path's, [K, B, P, H]."""
         if path_BP is not None:
             new_BTKH = jnp.take_along_axis(new_BTKH, path_BP[:, :, None, None], axis=1)
-        return pages.at[:, page_BP, slot_BP].set(jnp.moveaxis(new_BTKH, 2, 0).astype(pages.dtype), mode="drop")
+        return jnp.moveaxis(new_BTKH, 2, 0)
 
+    def write(pages: jax.Array, new: jax.Array) -> jax.Array:
+        """``new`` [K, B, P, ...] into its slots of [K, num_pages, page_size, ...]."""
+        return pages.at[:, page_BP, slot_BP].set(new.astype(pages.dtype), mode="drop")
+
+    if cache.scales is None:
+        return KVCache(
+            [write(pages, rows(k)) for pages, (k, _) in zip(cache.keys, new_kv, strict=True)],
+            [write(pages, rows(v)) for pages, (_, v) in zip(cache.values, new_kv, strict=True)],
+        )
+
+    def stored(new_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        number, scale = quantize(rows(new_BTKH))
+        return jax.lax.bitcast_convert_type(number, jnp.uint8), scale
+
+    of_keys, of_values = ([stored(x) for x in each] for each in zip(*new_kv))
     return KVCache(
-        [write(pages, k) for pages, (k, _) in zip(cache.keys, new_kv, strict=True)],
-        [write(pages, v) for pages, (_, v) in zip(cache.values, new_kv, strict=True)],
+        [write(pages, k) for pages, (k, _) in zip(cache.keys, of_keys, strict=True)],
+        [write(pages, v) for pages, (v, _) in zip(cache.values, of_values, strict=True)],
+        [
+            (write(k_scales, k), write(v_scales, v))
+            for (k_scales, v_scales), (_, k), (_, v) in zip(cache.scales, of_keys, of_values, strict=True)
+        ],
     )

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--draft", help=f"EAGLE head, in the same forms or by name ({DEMO_HEAD}); none: decode plainly")
     shared.add_argument("--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL] or off")
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    shared.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="fp8: caches of 8 bits")
     shared.add_argument("--max-model-len", type=int, help="most positions of prompt and output together")
     shared.add_argument("--max-tokens", type=int, default=256)
     shared.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -77,7 +78,14 @@ def _load(args: argparse.Namespace) -> LLM:
         )
     from jeagle.llm import LLM
 
-    return LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_model_len=args.max_model_len)
+    return LLM(
+        args.model,
+        args.draft,
+        tree=args.tree,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        max_model_len=args.max_model_len,
+    )
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:

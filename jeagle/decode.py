@@ -33,6 +33,7 @@ class Program:
     filters: Filters = Filters()
     num_logprobs: int | None = None  # None: no log-probabilities; n: the chosen token's and the n best
     attention: str = "auto"
+    sampler: str = "auto"
 
     @property
     def num_path(self) -> int:
@@ -112,7 +113,7 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
         attention=program.attention,
     )
     logits_BTV = target.logits(forward.hidden_BTD)
-    chosen_BT = choose(logits_BTV, position_BT + 1, state.sampling, program.filters)
+    chosen_BT = choose(logits_BTV, position_BT + 1, state.sampling, program.filters, sampler=program.sampler)
     path_BP, num_accepted_B = accept(tree, chosen_BT, program.num_path)
 
     # emit: the path's choices up to the first stop token. Stop comes before the length limit: an EOS in the last slot

@@ -60,13 +60,21 @@ class CompiledProgram:
 class Decoder:
     """A target, perhaps a head, and their compiled programs."""
 
-    def __init__(self, target: Llama, head: EagleHead | None = None, *, page_size: int = 64):
+    def __init__(
+        self,
+        target: Llama,
+        head: EagleHead | None = None,
+        *,
+        page_size: int = 64,
+        kv_cache_dtype: jnp.dtype | None = None,  # of both caches; None is the target's
+    ):
         if head is not None:
             check_pair(target, head)
         self.target_config = target.config
         self.head_config = None if head is None else head.config
         self.page_size = page_size
         self.dtype = target.embed.dtype
+        self.kv_cache_dtype = self.dtype if kv_cache_dtype is None else jnp.dtype(kv_cache_dtype)
         split = [(None, None) if m is None else nnx.split(m) for m in (target, head)]
         definitions = tuple(d for d, _ in split)
         # Weights are arguments, not constants baked into the program; states are donated so that caches are updated in
@@ -128,11 +136,11 @@ class Decoder:
 
     def empty_caches(self, B: int, program: Program, capacity: int) -> Caches:
         M = -(-capacity // self.page_size)
-        pages = dict(num_pages=B * M, page_size=self.page_size, dtype=self.dtype)
+        create = partial(KVCache.create, num_pages=B * M, page_size=self.page_size, dtype=self.kv_cache_dtype)
         head = self.head_config if program.drafts else None
         return Caches(
-            KVCache.create(self.target_config, **pages),
-            None if head is None else KVCache.create(head, **pages),
+            create(self.target_config),
+            None if head is None else create(head),
             None if head is None else jnp.zeros((B, head.feature_width), self.dtype),
             jnp.arange(B * M, dtype=jnp.int32).reshape(B, M),
         )

@@ -21,13 +21,14 @@ from jeagle.checkpoint import DTYPES, load_eagle, load_llama
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import CompiledProgram, Decoder
 from jeagle.eagle import EagleHead
+from jeagle.fp8 import FP8
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
 from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
 from jeagle.results import Finished, collect, request_output, stop_at_strings
-from jeagle.sampling import SamplingParams
+from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, TreePlan, parse_tree
 
@@ -36,6 +37,8 @@ __all__ = ["LLM"]
 
 # While stop strings are wanted the host looks this often; the rounds after a match are wasted.
 ROUNDS_BETWEEN_STOP_CHECKS = 8
+
+KV_CACHE_DTYPES = {"auto": None, "fp8": FP8, "fp8_e4m3": FP8}  # vLLM's names
 
 
 class LLM:
@@ -53,7 +56,9 @@ class LLM:
       max_batch_size: rows decoded side by side; more prompts are served in turns.
       rounds_per_launch: rounds the device runs before the host looks (progress, Ctrl-C).
       prefill_chunk: prompt positions per forward. page_size: cache positions per page.
-      attention: implementation, see ``jeagle.attention``.
+      kv_cache_dtype: "auto" (the model's) or "fp8" (float8_e4m3fn with a scale per position and kv head; also called
+        "fp8_e4m3"), for the target's cache and the head's.
+      attention: implementation, see ``jeagle.attention``. sampler: likewise, see ``jeagle.sampling.choose``.
       cache_dir: where conversions and compiled programs are kept; None takes $JEAGLE_CACHE or ~/.cache/jeagle.
 
     Raises ValueError (CheckpointError, ConversionError among them) with one sentence that says what to mend.
@@ -71,7 +76,9 @@ class LLM:
         rounds_per_launch: int = 64,
         prefill_chunk: int = 256,
         page_size: int = 64,
+        kv_cache_dtype: str = "auto",
         attention: str = "auto",
+        sampler: str = "auto",
         cache_dir: str | Path | None = None,
     ):
         for name, value in dict(
@@ -85,7 +92,10 @@ class LLM:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if dtype not in ("auto", *DTYPES):  # asked before anything is converted
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+        if kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}")
         attention_registry.resolve(attention)
+        resolve_sampler(sampler)
         plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)
         cache = cache_directory(cache_dir)
         _keep_compiled_programs(cache / "xla")
@@ -110,8 +120,8 @@ class LLM:
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
         self._chunk = prefill_chunk
-        self._attention = attention
-        self._decoder = Decoder(model, draft, page_size=page_size)
+        self._attention, self._sampler = attention, sampler
+        self._decoder = Decoder(model, draft, page_size=page_size, kv_cache_dtype=KV_CACHE_DTYPES[kv_cache_dtype])
         self.dtype = self._decoder.dtype
         self._tokenizer: Any = None
 
@@ -249,7 +259,7 @@ class LLM:
         decoder = self._decoder
         shapes = bucket(rows, page_size=decoder.page_size, chunk=self._chunk, limit=self.max_model_len)
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
-        program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention)
+        program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
         return decoder.start(batch, program, capacity=shapes.capacity, chunk=shapes.chunk), program
 
     def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[Finished]:

@@ -40,7 +40,8 @@ def tree_attention(
       suffix_mask: bool [B or 1, T, U].
       pages_k, pages_v: [K, num_pages, page_size, H]. Slots outside [start, length) may hold anything, NaN included.
       scales: of 8-bit pages: float32 [K, num_pages, page_size] for keys and for values; a cached vector is what the
-        page holds times its scale.
+        page holds times its scale. 8-bit pages are float8_e4m3fn, or its bytes in uint8, which XLA:CPU can gather
+        without converting all pages to float16 first.
 
     Returns (out_BTKGH in q's dtype, natural log-sum-exp of the scaled scores, lse_BTKG float32). A query that sees
     nothing gets zeros and -inf.
@@ -74,6 +75,8 @@ def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B, sc
             # would also transpose them.
             row_KBJ = jnp.arange(K)[:, None, None] * num_pages + pages_BJ
             rows = jnp.take(pages.reshape(K * num_pages, -1), row_KBJ, axis=0, mode="clip")
+            if pages.dtype == jnp.uint8:
+                rows = lax.bitcast_convert_type(rows, jnp.float8_e4m3fn)
             return rows.reshape(K, -1, block, *rest)
 
         k_KBSH, v_KBSH = gather(pages_k), gather(pages_v)

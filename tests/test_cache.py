@@ -13,6 +13,7 @@ from flax import nnx
 
 from jeagle.cache import KVCache, Prefix, commit
 from jeagle.config import LlamaConfig
+from jeagle.fp8 import quantize
 from jeagle.tree import Tree, ancestor_mask
 from jeagle.verify import accept
 
@@ -30,7 +31,11 @@ def draw(seed: int, dtype=np.float32) -> tuple[KVCache, list, Prefix, np.random.
 
     layers = range(CONFIG.num_layers)
     pages = (CONFIG.num_kv_heads, PAGES, PAGE, CONFIG.head_dim)
-    cache = KVCache([noise(*pages).astype(dtype) for _ in layers], [noise(*pages).astype(dtype) for _ in layers])
+    scales = None
+    if dtype == np.uint8:
+        scales = [tuple(np.exp2(rng.integers(-9, 9, pages[:-1])).astype(np.float32) for _ in range(2)) for _ in layers]
+    keys, values = ([(16 * noise(*pages)).astype(dtype) for _ in layers] for _ in range(2))
+    cache = KVCache(keys, values, scales)
     new = [tuple(noise(B, T, CONFIG.num_kv_heads, CONFIG.head_dim) for _ in range(2)) for _ in layers]
     table = rng.permutation(PAGES)[: B * M].reshape(B, M).astype(np.int32)
     return cache, new, Prefix.full(table, rng.integers(0, M * PAGE + 1, B).astype(np.int32)), rng
@@ -48,9 +53,16 @@ def expected(cache: KVCache, new: list, prefix: Prefix, count_B, path_BP) -> KVC
                 pages[:, page, position % PAGE] = new_BTKH[row, path_BP[row, i]].astype(pages.dtype)
         return pages
 
+    if cache.scales is None:
+        return KVCache(
+            [write(pages, k) for pages, (k, _) in zip(cache.keys, new)],
+            [write(pages, v) for pages, (_, v) in zip(cache.values, new)],
+        )
+    fp8 = [[tuple(map(np.asarray, quantize(x))) for x in kv] for kv in new]
     return KVCache(
-        [write(pages, k) for pages, (k, _) in zip(cache.keys, new)],
-        [write(pages, v) for pages, (_, v) in zip(cache.values, new)],
+        [write(pages, k.view(np.uint8)) for pages, ((k, _), _) in zip(cache.keys, fp8)],
+        [write(pages, v.view(np.uint8)) for pages, (_, (v, _)) in zip(cache.values, fp8)],
+        [(write(a, k), write(b, v)) for (a, b), ((_, k), (_, v)) in zip(cache.scales, fp8)],
     )
 
 
@@ -61,7 +73,7 @@ def assert_same_bits(got: KVCache, wanted: KVCache) -> None:
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8])
 def test_writes_the_path_and_nothing_else(dtype):
     """Counts 0 to P, within pages, across their borders and at the very end of the table; padding entries repeat."""
     for seed in range(30):

@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jeagle import LLM, SamplingParams
+from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
 from jeagle.sampling import SAMPLERS, Filters, RowSampling, choose, gumbel, resolve_sampler
 from pallas_kernels import choose_pallas
 
@@ -154,6 +159,20 @@ def test_nodes_of_a_tree_are_chosen_with_their_rows_parameters():
     rows = draws[0][2]
     tokens = [jax.jit(partial(choose, filters=ALL, sampler=name))(logits_BTV, position_BT, rows) for name in SAMPLERS]
     np.testing.assert_array_equal(*tokens)
+
+
+def test_decoding_with_either_sampler_writes_the_same():
+    config = LlamaConfig.tiny(vocab_size=97)
+    target = Llama(config, rngs=nnx.Rngs(0))
+    head = EagleHead(EagleConfig.for_target(config, "eagle3"), rngs=nnx.Rngs(1))
+    every = dict(max_tokens=24, ignore_eos=True, top_k=20, top_p=0.9, min_p=0.05)
+    params = [SamplingParams(seed=seed, temperature=temperature, **every) for seed, temperature in ((1, 0), (2, 1.5))]
+
+    def write(name: str) -> list[list[int]]:
+        llm = LLM(target, head, tree="chain-2", sampler=name)
+        return [out.outputs[0].token_ids for out in llm.generate([[5, 6], [7]], params)]
+
+    assert write("pallas") == write("xla")
 
 
 def test_names_are_resolved_and_never_replaced():

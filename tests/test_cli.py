@@ -45,6 +45,7 @@ def test_generate(checkpoint, capsys, monkeypatch):
         return out
 
     assert run("--raw", "a") == TEXT[1:] + "\n"
+    assert run("--raw", "a", "--kv-cache-dtype", "fp8") == TEXT[1:] + "\n"
     assert run("hi") == TEXT + "\n"  # the chat template ends in <|assistant|>
     assert run("--raw", "a", "--stop", "STOP", "--stop", "never") == TEXT[1 : TEXT.index("STOP")] + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))

@@ -19,6 +19,7 @@ from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Batch, Decoder
 from jeagle.eagle import EagleHead
+from jeagle.fp8 import FP8
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
 from jeagle.tree import OFF, DynamicTree, StaticTree, TreePlan
@@ -44,11 +45,17 @@ def sharpened(module: nnx.Module, factor: float = 8.0) -> nnx.Module:
     return module
 
 
-def markov_target() -> Llama:
-    """A target whose next token depends on the last one alone: blocks add nothing to the residual stream."""
+def markov_target(attention: float = 0.0) -> Llama:
+    """A target whose next token depends on the last one alone: blocks add nothing to the residual stream.
+
+    attention: how much attention adds all the same.
+    """
     target = sharpened(Llama(CONFIG, rngs=nnx.Rngs(3)))
+    rng = np.random.default_rng(7)
     for block in target.blocks:
-        block.out.kernel[...] = jnp.zeros_like(block.out.kernel[...])
+        shape = block.out.kernel.shape
+        noise = rng.standard_normal(shape).astype(np.float32) / np.sqrt(np.prod(shape[:-1]))
+        block.out.kernel[...] = jnp.asarray(attention * noise)
         block.down.kernel[...] = jnp.zeros_like(block.down.kernel[...])
     return target
 
@@ -68,11 +75,11 @@ def markov_head(target: Llama, *, wrong: bool = False) -> EagleHead:
 class Bench:
     """Decoders of one target configuration, whose weights can be exchanged without compiling again."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options) -> None:
         self.target = sharpened(Llama(CONFIG, rngs=nnx.Rngs(0)))
-        self.plain = Decoder(self.target, page_size=PAGE)
+        self.plain = Decoder(self.target, page_size=PAGE, **options)
         self.decoders = {
-            name: Decoder(self.target, EagleHead(config, rngs=nnx.Rngs(1)), page_size=PAGE)
+            name: Decoder(self.target, EagleHead(config, rngs=nnx.Rngs(1)), page_size=PAGE, **options)
             for name, config in HEADS.items()
         }
 
@@ -200,3 +207,20 @@ def test_rounds_one_at_a_time(bench: Bench, batch: Batch) -> None:
     for _ in range(50):
         state = decoder.launch(state, program, 1)
     same_tokens(bench.run(None, batch, OFF), state)
+
+
+def test_fp8_caches() -> None:
+    """A key in the suffix is the key that will be in the cache: else a fifth of these batches part from plain text.
+
+    The target mostly follows its last token, so that half of the drafts are kept, but attention sways its choices.
+    """
+    bench, target = Bench(kv_cache_dtype=FP8), markov_target(attention=0.12)
+    head = markov_head(target)
+
+    @settings(max_examples=40)
+    @given(batches())
+    def check(batch: Batch) -> None:
+        plain = bench.run(None, batch, OFF, target=target)
+        same_tokens(plain, bench.run("meta", batch, BUSH, target=target, head=head))
+
+    check()

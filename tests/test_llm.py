@@ -24,6 +24,7 @@ from jeagle import LLM, EagleConfig, LlamaConfig, RequestOutput, SamplingParams
 from jeagle.cache import KVCache, Prefix
 from jeagle.checkpoint import load_llama
 from jeagle.checkpoint_writer import save
+from jeagle.decode import Program
 from jeagle.locate import locate
 
 QUIET = dict(use_tqdm=False)
@@ -329,6 +330,7 @@ def test_refused_parameters_and_conversations(reciter):
     ("changed", "message"),
     [
         (dict(dtype="fp16"), "dtype must be one of auto, float32, bfloat16, got 'fp16'"),
+        (dict(kv_cache_dtype="int8"), "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, got 'int8'"),
         (dict(tree="oak"), "tree 'oak' is unknown"),
         (dict(tree=[[0, 0]]), "has no parent: add the path"),
         (dict(tree="dynamic-0-1-2"), "a dynamic tree needs depth >= 1"),
@@ -336,6 +338,7 @@ def test_refused_parameters_and_conversations(reciter):
         (dict(max_model_len="long"), "max_model_len must be a whole number of at least 1, got 'long'"),
         (dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1, got 0"),
         (dict(attention="magic"), "attention implementation 'magic' is unknown"),
+        (dict(sampler="magic"), "sampler 'magic' is unknown"),
         (dict(model="nowhere/at/all"), "nowhere/at/all does not exist"),
         (dict(model=__file__), "is a file"),
     ],
@@ -410,6 +413,18 @@ def test_bfloat16(pairs):
     llm = LLM(pairs["reciter"], dtype="bfloat16")
     assert llm.dtype == jnp.bfloat16
     assert llm.generate("a", SamplingParams(max_tokens=40), **QUIET)[0].outputs[0].text == TEXT[1:]
+
+
+def test_fp8_caches(pairs):
+    for name in ("fp8", "fp8_e4m3"):
+        llm = LLM(pairs["reciter"], pairs["reciter-head"], kv_cache_dtype=name)
+        assert llm.dtype == jnp.float32
+        caches = llm._decoder.empty_caches(1, Program(plan=llm.plan), 64)
+        assert {x.dtype.name for x in jax.tree.leaves((caches.target, caches.head))} == {"uint8", "float32"}
+    (out,) = llm.generate("a", SamplingParams(max_tokens=40), **QUIET)
+    assert out.outputs[0].text == TEXT[1:] and out.metrics.num_rounds < 30
+    with pytest.raises(NotImplementedError, match="'mosaic'"):
+        LLM(pairs["reciter"], kv_cache_dtype="fp8", attention="mosaic").generate("a", **QUIET)
 
 
 # interrupts and threads

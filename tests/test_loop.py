@@ -12,6 +12,7 @@ from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
 from jeagle.decoder import Batch, CompiledProgram, Decoder
 from jeagle.eagle import EagleHead
+from jeagle.fp8 import FP8
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, seed_keys
 from jeagle.tree import OFF, StaticTree
@@ -35,10 +36,14 @@ def make_batch(max_tokens: int) -> Batch:
     )
 
 
+def make_decoder(**options) -> Decoder:
+    target = Llama(CONFIG, rngs=nnx.Rngs(0))
+    return Decoder(target, EagleHead(EagleConfig.for_target(CONFIG, "eagle3"), rngs=nnx.Rngs(1)), **options)
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    target = Llama(CONFIG, rngs=nnx.Rngs(0))
-    return Decoder(target, EagleHead(EagleConfig.for_target(CONFIG, "eagle3"), rngs=nnx.Rngs(1)))
+    return make_decoder()
 
 
 def compiled(decoder: Decoder, plan: StaticTree, filters: Filters) -> CompiledProgram:
@@ -68,6 +73,17 @@ def test_prefill_updates_its_caches_in_place(decoder: Decoder) -> None:
     layer = 2 * BATCH * CAPACITY * CONFIG.num_kv_heads * CONFIG.head_dim * 4
     assert memory.alias_size_in_bytes >= CONFIG.num_layers * layer
     assert memory.temp_size_in_bytes < layer
+
+
+def test_fp8_caches_and_their_scales_are_updated_in_place() -> None:
+    """In prefill and in the loop. A layer of 8 bits is a quarter of one of float32, and so is the room for a copy."""
+    decoder = make_decoder(kv_cache_dtype=FP8)
+    compiled(decoder, StaticTree.chain(2), Filters())
+    layer = 2 * BATCH * CAPACITY * CONFIG.num_kv_heads * (CONFIG.head_dim + 4)  # numbers and their scales
+    for program in decoder.programs:
+        memory = program.executable.memory_analysis()
+        assert memory.alias_size_in_bytes >= (CONFIG.num_layers + 1) * layer
+        assert memory.temp_size_in_bytes < layer
 
 
 def test_nothing_leaves_the_device_inside_the_loop(decoder: Decoder) -> None:
