@@ -4,6 +4,8 @@
 #   make test               ruff, mypy and pytest on the pinned versions of constraints.txt
 #   make test JAX=newest    pytest on the newest JAX and Flax that pyproject.toml allows
 #   make test-h100-compile  compile kernels and the decode loop for an H100 without one (fetches 142 MB once)
+#   make test-triton        run the Triton kernels in Triton's interpreter (fetches 198 MB once); from then on
+#                           test-h100-compile compiles them too
 #   make lint               ruff and mypy alone
 #   make clean              remove environments and caches (models/ stays)
 #
@@ -25,8 +27,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
 INSTALLED := $(VENV)/.installed
 
 H100 := .h100
+TRITON := .triton
 
-.PHONY: demo test test-h100-compile lint clean
+.PHONY: demo test test-h100-compile test-triton lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -44,7 +47,15 @@ test-h100-compile: $(INSTALLED)
 		version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 		echo "Fetching jax-cuda13-plugin $$version into $(H100) ..."; \
 		$(PIP) install --no-deps --target $(H100) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version || rm -rf $(H100); }
-	JEAGLE_H100_PLUGIN=$(H100) $(BIN)/python -m pytest -q tests/test_h100_compile.py
+	JEAGLE_H100_PLUGIN=$(H100) PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest -q tests/test_h100_compile.py
+
+# In a folder of their own too, as the wheels are larger than all that jeagle needs. The versions are those tested.
+test-triton: $(INSTALLED)
+	@test -d $(TRITON)/triton || { \
+		echo "Fetching triton and jax-triton into $(TRITON) ..."; \
+		$(PIP) install --no-deps --target $(TRITON) triton==3.7.1 jax-triton==0.4.1 || { \
+			rm -rf $(TRITON); echo "Triton could not be fetched (there are wheels for Linux alone): nothing was tested." >&2; exit 1; }; }
+	PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest -q tests/test_attention_triton.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -52,7 +63,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-newest .h100 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-newest .h100 .triton build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt $(BIN)/python

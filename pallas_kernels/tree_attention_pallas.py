@@ -56,12 +56,7 @@ def tree_attention(
         raise NotImplementedError(f"attention 'pallas': 8-bit pages {pages_k.shape} lie between 2 and 4 GiB")
     capacity = page_table_BM.shape[1] * pages_k.shape[2]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=capacity, dtype=q_BTKGH.dtype)
-    U = k_BUKH.shape[1]
-    # Up to where a node sees the suffix: half of a prompt's chunk is skipped. The same for all layers, so made once.
-    reach = jnp.zeros((1, T), jnp.int32)  # not looked at
-    if p.keys < U:
-        reach = jnp.max(jnp.where(suffix_mask, jnp.arange(1, U + 1, dtype=jnp.int32), 0), axis=-1)
-    operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, reach, pages_k, pages_v)
+    operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v)
     return lax.platform_dependent(
         *operands,
         *(scales or ()),
@@ -97,18 +92,7 @@ def _launch(*operands: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Arra
 
 
 def _attend_kernel(
-    start_ref,
-    length_ref,
-    table_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    mask_ref,
-    reach_ref,
-    pages_k_ref,
-    pages_v_ref,
-    *rest,
-    plan: Plan,
+    start_ref, length_ref, table_ref, q_ref, k_ref, v_ref, mask_ref, pages_k_ref, pages_v_ref, *rest, plan: Plan
 ):
     """One (request, kv head), one block of rows, one split. Refs are whole arrays."""
     *scale_refs, out_ref, lse_ref = rest
@@ -144,13 +128,15 @@ def _attend_kernel(
     width = min(plan.keys, max(16, power_of_two(U)))
     mask_row = row if mask_ref.shape[0] > 1 else 0
 
+    def seen_of_suffix(i):
+        u_1S = (i * width + jnp.arange(width))[None, :]
+        return pltriton.load(mask_ref.at[mask_row, node_R1, u_1S], mask=real_R1 & (u_1S < U), other=False)
+
     def suffix(i, carry):
-        u_S = i * width + jnp.arange(width)
-        u_S1, u_1S = u_S[:, None], u_S[None, :]
+        u_S1 = (i * width + jnp.arange(width))[:, None]
         k = pltriton.load(k_ref.at[row, u_S1, kv, h_1H], mask=u_S1 < U, other=0)
         v = pltriton.load(v_ref.at[row, u_S1, kv, h_1H], mask=u_S1 < U, other=0)
-        seen = pltriton.load(mask_ref.at[mask_row, node_R1, u_1S], mask=real_R1 & (u_1S < U), other=False)
-        return absorb(carry, k, v, seen)
+        return absorb(carry, k, v, seen_of_suffix(i))
 
     def prefix(i, carry):
         position_S = i * plan.keys + jnp.arange(plan.keys)
@@ -175,10 +161,13 @@ def _attend_kernel(
         jnp.zeros((plan.rows,), jnp.float32),
         jnp.zeros((plan.rows, H), jnp.float32),
     )
-    suffix_blocks = jnp.int32(1)
-    if width < U:
-        reach_R = pltriton.load(reach_ref.at[mask_row, node_R], mask=packed_R < T * G, other=0)
-        suffix_blocks = (jnp.max(reach_R) + width - 1) // width
+    suffix_blocks = jnp.int32(-(-U // width))
+    if width < U:  # up to where these nodes see: half of a prompt's chunk is not read
+
+        def last_seen(i, blocks):
+            return jnp.where(jnp.max(seen_of_suffix(i).astype(jnp.int32)) > 0, i + 1, blocks)
+
+        suffix_blocks = lax.fori_loop(0, suffix_blocks, last_seen, jnp.int32(0))
     carry = lax.fori_loop(0, jnp.where(split == 0, suffix_blocks, 0), suffix, carry)
     highest, total, acc = lax.fori_loop(low, high, prefix, carry)
 
@@ -193,8 +182,10 @@ def _load_seen(pages_ref, at, seen_S1, dtype):
     """Keys or values in ``dtype``. What is not seen is not read: it may be NaN, and 0 * NaN is NaN."""
     if pages_ref.dtype.itemsize > 1:
         return pltriton.load(pages_ref.at[at], mask=seen_S1, other=0).astype(dtype)
-    # Triton has no 8-bit float constants to fill in.
-    return jnp.where(seen_S1, pltriton.load(pages_ref.at[at], mask=seen_S1).astype(dtype), jnp.zeros((), dtype))
+    pages = pltriton.load(pages_ref.at[at], mask=seen_S1)  # Triton has no 8-bit float constants to fill in
+    if pages.dtype == jnp.uint8:
+        pages = lax.bitcast_convert_type(pages, jnp.float8_e4m3fn)
+    return jnp.where(seen_S1, pages.astype(dtype), jnp.zeros((), dtype))
 
 
 def _merge_kernel(part_ref, part_lse_ref, out_ref, lse_ref):

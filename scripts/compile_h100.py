@@ -4,11 +4,12 @@
     python scripts/compile_h100.py --layers 32 --out FILE.json   Llama 3 8B whole (minutes)
 
 Compiles every attention kernel at decoding shapes, and the whole decode loop of a model of Llama 3 8B's shape
-(bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, and with a dynamic tree of 64
-nodes. For each: kernels and their registers, spills and shared memory; for the loop also the kernels per layer and
-round, what is aliased and what is temporary (less than one layer's pages: nothing copies pages), and whether the rounds
-are command buffers (CUDA graphs). XLA makes no command buffer of fewer than five commands, and the loop itself is two:
-with WHILE enabled and that limit left alone, nothing at all becomes one; LOOP_FLAGS lowers it.
+(bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, with a dynamic tree of 64 nodes,
+and with that tree over FP8 caches (of 65,536 positions). For each: kernels and their registers, spills and shared
+memory; for the loop also the kernels per layer and round, what is aliased and what is temporary (less than one layer's
+pages: nothing copies pages), and whether the rounds are command buffers (CUDA graphs). XLA makes no command buffer of
+fewer than five commands, and the loop itself is two: with WHILE enabled and that limit left alone, nothing at all
+becomes one; LOOP_FLAGS lowers it.
 
 The last line is one JSON object. Exit code 1 where something spills, copies or falls out of the command buffers.
 """
@@ -33,6 +34,7 @@ from flax import nnx
 from h100 import CannotCompile, Compiled, compile_for_h100, python_for_h100
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jeagle.attention import IMPLEMENTATIONS
@@ -40,6 +42,7 @@ from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead
+from jeagle.fp8 import FP8
 from jeagle.llama import Llama
 from jeagle.tree import OFF, DynamicTree, TreePlan
 
@@ -48,6 +51,8 @@ CAPACITY = 32768  # one layer's keys are then 64 MiB: no other buffer of a decod
 SHARED_MEMORY = 232448  # bytes a block may have on an H100
 KERNELS = sorted(set(IMPLEMENTATIONS) - {"xla"})
 PLANS: dict[str, TreePlan] = {"plain": OFF, "tree of 64": DynamicTree(depth=5, top_k=8, total=64)}
+FP8_CACHES = ", FP8 caches"
+LOOPS = [*PLANS, "tree of 64" + FP8_CACHES]
 
 
 def attention_kernels(name: str) -> list[dict[str, Any]]:
@@ -75,7 +80,7 @@ def attention_kernels(name: str) -> list[dict[str, Any]]:
         row = dict(what=name, B=B, T=T, K=K, G=G, H=H, page_size=page_size, pages=str(pages.dtype))
         try:
             compiled = compile_for_h100(jax.jit(IMPLEMENTATIONS[name]), *arguments)
-        except NotImplementedError as error:
+        except (NotImplementedError, ImportError) as error:
             rows.append(row | dict(refused=str(error)))
             continue
         rows.append(row | dict(launches=len(compiled.kernels)) | _heaviest(compiled))
@@ -83,7 +88,9 @@ def attention_kernels(name: str) -> list[dict[str, Any]]:
 
 
 def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
-    """The whole compiled loop, as ``LLM.generate`` launches it."""
+    """The whole compiled loop, as ``LLM.generate`` launches it. name: of PLANS, with FP8_CACHES after it or not."""
+    fp8 = name.endswith(FP8_CACHES)
+    capacity = 2 * CAPACITY if fp8 else CAPACITY  # as many bytes
     config = dataclasses.replace(LlamaConfig.llama3_8b(), num_layers=layers)
 
     def modules() -> tuple[Llama, EagleHead]:
@@ -93,17 +100,18 @@ def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
             EagleHead(head, dtype=jnp.bfloat16, rngs=nnx.Rngs(1)),
         )
 
-    decoder = Decoder(*nnx.eval_shape(modules))
-    program = Program(plan=PLANS[name], attention=attention)
+    decoder = Decoder(*nnx.eval_shape(modules), kv_cache_dtype=FP8 if fp8 else None)
+    program = Program(plan=PLANS[name.removesuffix(FP8_CACHES)], attention=attention)
     batch = make_batch(1, [1] * 40, 8)
     state = jax.eval_shape(
-        lambda: decoder.first_state(decoder.empty_caches(1, program, CAPACITY), batch, program, CAPACITY)
+        lambda: decoder.first_state(decoder.empty_caches(1, program, capacity), batch, program, capacity)
     )
     began = time.perf_counter()
     compiled = compile_for_h100(decoder.jitted_launch, decoder.params, state, jnp.int32(0), program=program)
     rounds = [k for k in compiled.kernels if k.in_loop]
     reads = [i for i, k in enumerate(rounds) if k.name.startswith("tree_attention") and "merge" not in k.name]
     page_bytes = config.num_kv_heads * CAPACITY * config.head_dim * 2
+    scale_bytes = config.num_kv_heads * capacity * 4 if fp8 else 0
     return dict(
         what=f"loop, {name}",
         attention=attention,
@@ -116,7 +124,7 @@ def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
         whole_loop_is_command_buffer=compiled.whole_loop_is_command_buffer,
         alias_bytes=compiled.alias_bytes,
         temp_bytes=compiled.temp_bytes,
-        cache_bytes=2 * layers * page_bytes,
+        cache_bytes=2 * layers * (page_bytes + scale_bytes),
         page_bytes=page_bytes,
         **_heaviest(compiled),
     )
@@ -129,7 +137,7 @@ def _heaviest(compiled: Compiled) -> dict[str, Any]:
     return dict(
         registers=max((said.registers for said in ours), default=0),
         spilled_bytes=max((said.spilled_bytes for said in compiled.ptxas.values()), default=0),
-        shared_bytes=max((k.shared_bytes for k in compiled.kernels), default=0),
+        shared_bytes=max([compiled.triton_shared_bytes, *(k.shared_bytes for k in compiled.kernels)]),
         grid=max(grids, key=np.prod, default=()),
     )
 
@@ -155,7 +163,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=2, help="of the model in the loop")
     parser.add_argument("--attention", nargs="*", default=KERNELS, choices=sorted(IMPLEMENTATIONS))
-    parser.add_argument("--loops", nargs="*", default=sorted(PLANS), choices=sorted(PLANS))
+    parser.add_argument("--loops", nargs="*", default=LOOPS, choices=LOOPS)
     parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
     parser.add_argument("--out", metavar="FILE.json")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # the child process: where its rows go
@@ -216,7 +224,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             *(str(row.get(key, "")) for key in ("launches", "launches_per_layer", "registers", "spilled_bytes")),
             str(row.get("shared_bytes", "")),
             f"{row['temp_bytes'] / 1e6:.1f}" if "temp_bytes" in row else "",
-            row.get("refused") or "; ".join(faults(row)),
+            escape(row.get("refused", "")) or "; ".join(faults(row)),
         )
     Console(width=140).print(table)
 

@@ -50,7 +50,7 @@ class CannotCompile(RuntimeError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch of a program. Of a Mosaic kernel XLA knows neither name nor shape: "custom call", (), 0, 0."""
+    """One launch. Of Mosaic's and jax-triton's kernels XLA knows neither name nor shape: "custom call", (), 0, 0."""
 
     name: str
     grid: tuple[int, ...]
@@ -74,6 +74,7 @@ class Compiled:
     alias_bytes: int
     temp_bytes: int
     whole_loop_is_command_buffer: bool
+    triton_shared_bytes: int  # the most that a kernel of jax-triton takes
 
 
 def python_for_h100(
@@ -104,6 +105,7 @@ def python_for_h100(
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of CUDA's libraries, which compiling does not need
         "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from a cache was not seen by ptxas
         "MOSAIC_GPU_DUMP_PTXAS": "1",  # Mosaic runs a ptxas of its own; its words come on stdout
+        "JAX_TRITON_DUMP_DIR": str(directory / "triton"),
         "JEAGLE_H100": str(directory),
         "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={directory} --xla_dump_to={directory}/dump "
         f"--xla_dump_hlo_as_text {flags}",
@@ -142,9 +144,24 @@ def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
         schedule = changed
     memory = compiled.memory_analysis()
     kernels, whole = _read_schedule(schedule.read_text())
+    triton_shared_bytes = _assemble_triton(directory)
     ctypes.CDLL(None).fflush(None)  # Mosaic's words
     ptxas = _read_ptxas(log.read_text()[before:])
-    return Compiled(kernels, ptxas, memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole)
+    return Compiled(kernels, ptxas, memory.alias_size_in_bytes, memory.temp_size_in_bytes, whole, triton_shared_bytes)
+
+
+def _assemble_triton(directory: Path) -> int:
+    """Give ptxas what jax-triton dumped since the last call; the most shared memory that any of it takes.
+
+    JAX's plugin assembles it too, but with a ptxas that it finds by itself, and whose words it keeps.
+    """
+    shared_bytes = [0]
+    for ptx in directory.glob("triton/*/*.ptx"):
+        command: list[str | Path] = [directory / "bin" / "ptxas", "-arch=sm_90a", ptx, "-o", os.devnull]
+        subprocess.run(command, check=True)
+        shared_bytes.append(int(ptx.with_suffix(".compile_info").read_text().split()[-1]))
+        ptx.unlink()
+    return max(shared_bytes)
 
 
 def _read_ptxas(words: str) -> dict[str, Ptxas]:

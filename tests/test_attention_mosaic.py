@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Call, Shape, dense, draw
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_attention import Call, Shape, dense, draw
 
 from pallas_kernels.tree_attention_mosaic import tree_attention
 

@@ -67,11 +67,12 @@ def test_suite(tmp_path, capfd, monkeypatch):
 
     assert suite(tmp_path, "--parts", "1") == 0
     kept = [row for row in read(tmp_path, "check")["rows"] if row["status"] == "measured"]
-    assert kept == done and {row["status"] for row in first["check"]["rows"]} == {"measured", "unsupported"}
+    why = {row["implementation"]: row["why"] for row in first["check"]["rows"] if row["status"] != "measured"}
+    assert kept == done and set(why) == {"mosaic", "triton"} and why["triton"].startswith("attention 'triton' needs ")
     again = capfd.readouterr().out
     assert "- measured" in shown and "- measured" not in again
-    # In the table once for each implementation, and where the one that does not take it is asked again.
-    assert again.count("float8 pages") == len(attention.IMPLEMENTATIONS) + 1
+    # In the table once for each implementation, and where the two that do not take it are asked again.
+    assert again.count("float8 pages") == len(attention.IMPLEMENTATIONS) + 2
 
 
 def test_time_limit(tmp_path, capfd):

@@ -73,8 +73,8 @@ class Rows:
         began = time.monotonic()
         try:
             row = {**key, "status": "measured", **function()}
-        except Skip as why:
-            row = {**key, "status": "skipped", "why": str(why)}
+        except (Skip, ImportError) as why:  # a package that is not installed
+            row = {**key, "status": "skipped", "why": in_a_line(str(why))}
         except NotImplementedError as why:
             row = {**key, "status": "unsupported", "why": in_a_line(str(why))}
         except Exception as error:
