@@ -2,6 +2,9 @@
 
 A named implementation never falls back silently; "auto" picks by platform. An implementation that cannot serve a shape
 raises NotImplementedError naming the shape.
+
+cuDNN is not among them. It would serve prompt chunks alone, and reads no pages: the suffix through it, the prefix and
+the merge would be three launches for the kernels' one or two. scripts/gpu_suite.py times it beside them on such chunks.
 """
 
 from __future__ import annotations

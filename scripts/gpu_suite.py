@@ -6,7 +6,8 @@
     PYTHONPATH=. python3 scripts/gpu_suite.py ...                 where jeagle is not installed
 
     1  check      every implementation of every operation against float64 and XLA
-    2  attention  seconds and share of the measured copy bandwidth; beside cuDNN and PyTorch; choosing: of tokens
+    2  attention  seconds and share of the measured copy bandwidth; beside cuDNN and PyTorch; splits: of the prefix, how
+                  many; choosing: of tokens
     3  steps      plain, verify and draft steps of 1B and 8B shapes, accept + commit; loop: what the loop costs
     4  generate   transformers with a static cache, compiled, and jeagle on the same shapes
     5  smollm2    from end to end, plain and speculative in turns
@@ -57,6 +58,7 @@ class Part(NamedTuple):
 PARTS = (
     Part(1, "check"),
     Part(2, "attention", ("torch", "jax")),
+    Part(2, "splits"),
     Part(2, "choosing"),
     Part(3, "steps"),
     Part(3, "loop", tuple(COMMAND_BUFFERS)),

@@ -18,7 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import gpu_suite
-from gpu_parts import attention, check, report, rows, timing
+from gpu_parts import attention, check, report, rows, splits, timing
 
 from jeagle.sampling import SAMPLERS
 
@@ -43,7 +43,7 @@ def test_suite(tmp_path, capfd, monkeypatch):
     foreign = [dict(what="chat", dtype="bfloat16", implementation="xla", status="skipped", why="no model")]
     (tmp_path / "smollm2.json").write_text(json.dumps(HEADING | dict(device="H100", runs={}, rows=foreign)))
     assert suite(tmp_path, "--parts", "5", "1", "2") == 0
-    first = {part: read(tmp_path, part) for part in ("check", "attention", "choosing")}
+    first = {part: read(tmp_path, part) for part in ("check", "attention", "splits", "choosing")}
     for part in first.values():
         assert part["tiny"] and {"device", "jax", "commit", "command", "load_average"} <= set(part)
         assert all(run == {"status": "complete"} for run in part["runs"].values())
@@ -53,6 +53,7 @@ def test_suite(tmp_path, capfd, monkeypatch):
     assert done and all(row["ok"] for row in done)
     timed = [row for row in first["attention"]["rows"] if row["status"] == "measured" and "T" in row]
     assert {row["implementation"] for row in timed} >= {"xla", "pallas"} and all(row["seconds"] > 0 for row in timed)
+    assert {row["status"] for row in first["splits"]["rows"]} == {"measured"}
     chosen = [row for row in first["choosing"]["rows"] if row["status"] == "measured" and "T" in row]
     assert {row["implementation"] for row in chosen} == set(SAMPLERS) and all(row["seconds"] > 0 for row in chosen)
     reasons = {row["why"] for row in first["attention"]["rows"] if row["status"] == "skipped"}
@@ -169,6 +170,12 @@ def test_problems_count_their_bytes_and_turn_over_the_cache():
         assert each.copies(False) * each.cache_bytes > 2 * attention.SECOND_LEVEL_CACHE
         body, passes = each.calls(False)
         assert body >= each.copies(False) and passes >= 1
+
+
+def test_waves_change_the_splits(monkeypatch):
+    monkeypatch.setattr(splits, "ours_seconds", lambda *_: 1.0)
+    problem = attention.Problem(B=8, T=32, length=8192)
+    assert [splits.with_waves(waves, problem, False)["splits"] for waves in splits.WAVES] == [2, 4, 8, 16]
 
 
 def test_kernels_are_counted_through_inner_loops():

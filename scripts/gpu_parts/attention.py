@@ -25,6 +25,7 @@ from gpu_parts.timing import best_seconds, copy_bandwidth, filled, require_memor
 from jeagle.attention import IMPLEMENTATIONS
 
 LENGTHS, NODES, BATCHES = (1024, 8192, 32_768, 131_072), (1, 4, 16, 32, 64), (1, 8, 64)
+CHUNK = 512  # positions of a prompt: bound by arithmetic, so its share of bandwidth is low
 SECOND_LEVEL_CACHE = 50e6  # bytes, an H100's
 NOMINAL = 3e12  # bytes per second, for choosing repetitions only
 PAGE_SIZE = 64
@@ -61,7 +62,8 @@ class Problem:
 def problems(settings: Settings) -> list[Problem]:
     if settings.tiny:
         return [Problem(1, T, 128, K=1, G=2, H=16) for T in (1, 4)]
-    return [Problem(B, T, length) for B in BATCHES for length in LENGTHS for T in NODES]
+    chunks = [Problem(1, CHUNK, length) for length in LENGTHS[:-1]]
+    return [Problem(B, T, length) for B in BATCHES for length in LENGTHS for T in NODES] + chunks
 
 
 def chained(attend: Callable[..., jax.Array], caches: list, problem: Problem, tiny: bool) -> Callable:

@@ -89,6 +89,15 @@ def attention_table(part: Part) -> Table:
     return table
 
 
+def splits_table(part: Part) -> Table:
+    table = new_table("B", "length", "T", "waves", "splits", "ms")
+    for row in part["rows"]:
+        spent, problem = row.get("seconds"), (str(row[field]) for field in ("B", "length", "T"))
+        time = row["status"] if spent is None else f"{spent * 1e3:.4f}"
+        table.add_row(*problem, row["case"], show(row.get("splits"), "{}"), time)
+    return table
+
+
 def choosing_table(part: Part) -> Table:
     bandwidth = next((row["bytes_per_second"] for row in select(part, what="copy bandwidth")), None)
     table = new_table("nodes", "parameters", "sampler", "ms", "of bandwidth", "over XLA")
@@ -201,6 +210,7 @@ def target_table(results: dict[str, Part]) -> Table:
 TABLES = dict(
     check=check_table,
     attention=attention_table,
+    splits=splits_table,
     choosing=choosing_table,
     steps=steps_table,
     loop=loop_table,
