@@ -37,7 +37,7 @@ from jeagle.text import load_tokenizer
 from jeagle.training.documents import Document
 from jeagle.training.packing import Loader, Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError, load_recipe
-from jeagle.training.run import first_head, hold_out, load_documents
+from jeagle.training.run import first_head, load_documents
 from jeagle.training.step import Trainable
 from jeagle.training.trainer import make_optimizer
 from jeagle.training.unroll import Measures, Teacher, learn, num_learnt, teach
@@ -115,8 +115,7 @@ def main() -> int:
 
     directory = locate(base.target, cache_directory(), kind="llama")
     target = load_llama(directory, dtype=base.run.dtype)
-    documents = load_documents(base, target.config, load_tokenizer(directory))
-    learnt, measured = hold_out(documents, base.data.held_out)
+    learnt, measured = load_documents(base, target.config, load_tokenizer(directory))
     rows, held = (pack(d, base.data.pack_length, long_documents=base.data.long_documents) for d in (learnt, measured))
     loader = Loader(rows, (base.run.rows,), seed=base.run.seed)
     forms = [r.head.config(target.config) for r in recipes.values()]

@@ -1,7 +1,7 @@
 """What would an H100 be given to run? Answered on a machine that has none.
 
     make test-h100-compile                                       fetches the CUDA plugin, then runs this and checks it
-    python scripts/compile_h100.py --layers 32 --out FILE.json   Llama 3 8B whole (minutes)
+    python scripts/compile_h100.py --layers 32 --capacity 131072 --attention --out FILE.json    Llama 3 8B whole
 
 Compiles every attention kernel at decoding shapes, and the whole decode loop of a model of Llama 3 8B's shape
 (bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, with a dynamic tree of 64 nodes,
@@ -87,10 +87,10 @@ def attention_kernels(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
+def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[str, Any]:
     """The whole compiled loop, as ``LLM.generate`` launches it. name: of PLANS, with FP8_CACHES after it or not."""
     fp8 = name.endswith(FP8_CACHES)
-    capacity = 2 * CAPACITY if fp8 else CAPACITY  # as many bytes
+    capacity *= 2 if fp8 else 1  # as many bytes
     config = dataclasses.replace(LlamaConfig.llama3_8b(), num_layers=layers)
 
     def modules() -> tuple[Llama, EagleHead]:
@@ -110,13 +110,14 @@ def decode_loop(name: str, attention: str, layers: int) -> dict[str, Any]:
     compiled = compile_for_h100(decoder.jitted_launch, decoder.params, state, jnp.int32(0), program=program)
     rounds = [k for k in compiled.kernels if k.in_loop]
     reads = [i for i, k in enumerate(rounds) if k.name.startswith("tree_attention") and "merge" not in k.name]
-    page_bytes = config.num_kv_heads * CAPACITY * config.head_dim * 2
+    page_bytes = config.num_kv_heads * capacity * config.head_dim * (1 if fp8 else 2)
     scale_bytes = config.num_kv_heads * capacity * 4 if fp8 else 0
     return dict(
         what=f"loop, {name}",
         attention=attention,
         layers=layers,
         nodes=program.plan.num_nodes,
+        capacity=capacity,
         compile_seconds=round(time.perf_counter() - began, 1),
         launches=len(rounds),
         launches_per_layer=reads[-1] - reads[-2] if len(reads) > 1 else None,
@@ -162,6 +163,12 @@ def faults(row: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=2, help="of the model in the loop")
+    parser.add_argument(
+        "--capacity",
+        type=int,
+        default=CAPACITY,
+        help="cache positions; activations of all layers must take less than a layer's",
+    )
     parser.add_argument("--attention", nargs="*", default=KERNELS, choices=sorted(IMPLEMENTATIONS))
     parser.add_argument("--loops", nargs="*", default=LOOPS, choices=LOOPS)
     parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
@@ -178,7 +185,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "rows.json"
             (Path(temporary) / "xla").mkdir()
-            command = [__file__, "--rows", str(out), "--layers", str(args.layers)]
+            command = [__file__, "--rows", str(out), "--layers", str(args.layers), "--capacity", str(args.capacity)]
             # The second run asks only what the flags change.
             command += ["--loops", *(args.loops if not flags else args.loops[:1])]
             command += ["--attention", *(args.attention if not flags else [])]
@@ -203,7 +210,7 @@ def _child(args: argparse.Namespace) -> int:
     try:
         for name in args.attention:
             rows += attention_kernels(name)
-        rows += [decode_loop(name, "pallas", args.layers) for name in args.loops]
+        rows += [decode_loop(name, "pallas", args.layers, args.capacity) for name in args.loops]
     except CannotCompile as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

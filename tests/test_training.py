@@ -27,6 +27,7 @@ from jeagle.training.recipe import (
     RunRecipe,
     load_recipe,
 )
+from jeagle.training.run import load_documents
 from jeagle.training.trainer import Trainer, TrainingError
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
@@ -240,6 +241,24 @@ def test_the_loader_is_a_function_of_the_step():
     n = len(rows.token_BT)
     epoch = sorted(tuple(single[i].token_BT.reshape(-1)) for i in range(n))
     assert epoch == sorted(map(tuple, rows.token_BT))
+
+
+def test_what_is_measured_was_never_learnt(tmp_path):
+    """Neither another seed nor more text moves a document from one side to the other."""
+    files = []
+    for first in (3, 43):
+        files.append(str(tmp_path / f"{first}.jsonl"))
+        lines = [json.dumps(dict(token_ids=[i, 1, 2], response=[[1, 3]])) for i in range(first, first + 40)]
+        (tmp_path / f"{first}.jsonl").write_text("\n".join(lines))
+
+    def load(*files: str, seed: int) -> list[set[int]]:
+        r = recipe(run=dict(seed=seed))
+        r = dataclasses.replace(r, data=DataRecipe(files=files, held_out=10))
+        return [{int(d.token_n[0]) for d in part} for part in load_documents(r, tiny_llama().config, tokenizer=None)]
+
+    learnt, measured = load(files[0], seed=0)
+    assert len(measured) == 10 and learnt == {*range(3, 43)} - measured
+    assert load(*files, seed=1) == [learnt | {*range(43, 83)}, measured]
 
 
 def test_the_vocabulary_holds_the_most_frequent_answers_and_the_end_of_turn():

@@ -56,7 +56,7 @@ class DataRecipe:
     files: tuple[str, ...]  # jeagle/training/documents.py says what they hold
     pack_length: int = 2048
     long_documents: Literal["error", "cut", "drop"] = "error"
-    held_out: int = 64  # documents that are only ever measured
+    held_out: int = 64  # documents of the first file that are only ever measured
 
 
 @dataclass(frozen=True, kw_only=True)

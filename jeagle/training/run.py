@@ -24,7 +24,7 @@ from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
-__all__ = ["Run", "first_head", "hold_out", "load_documents", "prepare"]
+__all__ = ["Run", "first_head", "load_documents", "prepare"]
 
 
 class Run(NamedTuple):
@@ -48,15 +48,14 @@ def prepare(
     target_dir = locate(recipe.target, cache, kind="llama")
     target = load_llama(target_dir, dtype=recipe.run.dtype)
     tokenizer = load_tokenizer(target_dir)
-    documents = load_documents(recipe, target.config, tokenizer)
-    learnt, measured = hold_out(documents, recipe.data.held_out)
+    learnt, measured = load_documents(recipe, target.config, tokenizer)
     options: Any = dict(long_documents=recipe.data.long_documents)
     rows = pack(learnt, recipe.data.pack_length, **options)
     held_out = pack(measured, recipe.data.pack_length, **options) if measured else _no_rows(rows)
     head = _head(recipe, target, learnt, rows, cache, target_dir)
 
     vocabulary = vocabulary_hash(target_dir)
-    identity = {"documents": fingerprint(documents), "vocabulary": vocabulary}
+    identity = {"documents": fingerprint([*learnt, *measured]), "vocabulary": vocabulary}
     trainer = Trainer(
         recipe, directory, target, head, rows, held_out, identity=identity, devices=devices, on_report=on_report
     )
@@ -73,13 +72,27 @@ def prepare(
     return Run(trainer, source, summary)
 
 
-def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) -> list[Document]:
-    """The recipe's documents. Raises DataError."""
+def load_documents(
+    recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer
+) -> tuple[list[Document], list[Document]]:
+    """The recipe's documents, (learnt, only measured). Raises DataError.
+
+    Measured is a random choice from the first file, the same whatever the seed and the files after it: a run that goes
+    on from another's head, with more text, has not learnt what it measures.
+    """
     if not target.eos_token_ids:
         raise DataError(f"{recipe.target} names no eos_token_ids, so no answer can end; convert it again")
-    return read_documents(
-        recipe.data.files, tokenizer, vocab_size=target.vocab_size, end_of_turn=target.eos_token_ids[0]
-    )
+    ids = dict(vocab_size=target.vocab_size, end_of_turn=target.eos_token_ids[0])
+    first, *others = (read_documents([file], tokenizer, **ids) for file in recipe.data.files)
+    number = recipe.data.held_out
+    if number >= len(first):
+        raise DataError(
+            f"data.held_out is {number}, but {recipe.data.files[0]} has only {len(first)} documents; lower it or give "
+            "more data"
+        )
+    chosen = set(np.random.default_rng(0).choice(len(first), number, replace=False).tolist())
+    measured = [d for i, d in enumerate(first) if i in chosen]
+    return [d for i, d in enumerate(first) if i not in chosen] + [d for each in others for d in each], measured
 
 
 def _head(
@@ -113,20 +126,6 @@ def first_head(recipe: Recipe, target: Llama, documents: list[Document], sample:
         ids = jnp.asarray(chosen)
     copied = recipe.head.start == "target"
     return new_head(config, target, ids, seed=recipe.run.seed, sample=sample if copied else None)
-
-
-def hold_out(documents: list[Document], number: int) -> tuple[list[Document], list[Document]]:
-    """(learnt, measured): a random choice, the same whatever the run's seed, so that a run which goes on from another's
-    head has not learnt what it measures. Order is kept."""
-    if number >= len(documents):
-        raise DataError(
-            f"data.held_out is {number}, but there are only {len(documents)} documents; lower it or give more data"
-        )
-    chosen = set(np.random.default_rng(0).choice(len(documents), number, replace=False).tolist())
-    return (
-        [d for i, d in enumerate(documents) if i not in chosen],
-        [d for i, d in enumerate(documents) if i in chosen],
-    )
 
 
 def _covered(head: EagleHead, documents: list[Document], vocab_size: int) -> float:
