@@ -72,9 +72,7 @@ def prepare(
     return Run(trainer, source, summary)
 
 
-def load_documents(
-    recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer
-) -> tuple[list[Document], list[Document]]:
+def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) -> tuple[list[Document], list[Document]]:
     """The recipe's documents, (learnt, only measured). Raises DataError.
 
     Measured is a random choice from the first file, the same whatever the seed and the files after it: a run that goes
