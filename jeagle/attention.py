@@ -31,8 +31,8 @@ def _from(module: str) -> Implementation:
     return compute
 
 
-# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B,
-#             scales) -> (out_BTKGH, lse_BTKG); tree_attention_xla.py says what each is.
+# name -> f(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B, scales)
+#           -> (out_BTKGH, lse_BTKG); tree_attention_xla.py says what each is.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": _from("tree_attention_xla"),
     "pallas": _from("tree_attention_pallas"),
