@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from hypothesis import strategies as st
 
 
 @dataclass(frozen=True)
@@ -145,3 +146,19 @@ def dense(call: Call, page_size: int) -> tuple[np.ndarray, np.ndarray]:
                 out[row, t, head] = weight @ v / weight.sum(axis=-1, keepdims=True)
                 lse[row, t, head] = score.max(axis=-1) + np.log(weight.sum(axis=-1))
     return out, lse
+
+
+def any_shape(*, most_rows: int, most_heads: int) -> st.SearchStrategy[Shape]:
+    """Small float32 shapes; up to ``most_rows`` requests and ``most_heads`` kv heads."""
+    return st.builds(
+        Shape,
+        B=st.integers(1, most_rows),
+        T=st.integers(1, 9),
+        U=st.integers(9, 12),
+        K=st.integers(1, most_heads),
+        G=st.integers(1, 8),
+        page_size=st.sampled_from([2, 5, 16, 64]),
+        M=st.integers(1, 6),
+        mask_rows=st.sampled_from([None, 1]),
+        eight_bit=st.booleans(),
+    )
