@@ -293,7 +293,8 @@ class LLM:
 
 
 def _auto_tree() -> str:
-    """On a CPU the second row of a verification costs far less than the third and fourth (README, Numbers)."""
+    """On a CPU the second row of a verification costs far less than the third and fourth: larger trees are slower there
+    (timed in the SmolLM2 head's card)."""
     return "chain-1" if jax.default_backend() == "cpu" else "chain-3"
 
 
