@@ -183,8 +183,7 @@ def _load_seen(pages_ref, at, seen_S1, dtype):
     if pages_ref.dtype.itemsize > 1:
         return pltriton.load(pages_ref.at[at], mask=seen_S1, other=0).astype(dtype)
     pages = pltriton.load(pages_ref.at[at], mask=seen_S1)  # Triton has no 8-bit float constants to fill in
-    if pages.dtype == jnp.uint8:
-        pages = lax.bitcast_convert_type(pages, jnp.float8_e4m3fn)
+    pages = lax.bitcast_convert_type(pages, jnp.float8_e4m3fn)  # of bytes, as caches keep them, or of what it is
     return jnp.where(seen_S1, pages.astype(dtype), jnp.zeros((), dtype))
 
 

@@ -68,7 +68,9 @@ class Call:
     scales: tuple[np.ndarray, np.ndarray] | None = None
 
     def arguments(self) -> tuple:
-        return (self.q, self.k, self.v, self.mask, *self.layer, self.table, self.start, self.length, self.scales)
+        """8-bit pages as bytes, as caches keep them."""
+        layer = self.layer if self.scales is None else tuple(pages.view(np.uint8) for pages in self.layer)
+        return (self.q, self.k, self.v, self.mask, *layer, self.table, self.start, self.length, self.scales)
 
     def cached(self) -> list[np.ndarray]:
         """What the pages mean, in float64."""

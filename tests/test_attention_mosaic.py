@@ -111,7 +111,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     ("shape", "message"),
     [
         (replace(BASE, dtype=np.float32), "float32"),
-        (replace(BASE, eight_bit=True), "float8_e4m3fn"),
+        (replace(BASE, eight_bit=True), "uint8"),
         (replace(BASE, H=32), "head width 32"),
         (replace(BASE, page_size=48), "page size 48"),
     ],

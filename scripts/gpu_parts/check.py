@@ -119,7 +119,8 @@ def draw(shape: Shape, seed: int = 0) -> Call:
         hidden = ~seen if used.ndim == 3 else ~seen[..., None]
         used = np.where(hidden, np.array(np.nan, used.dtype), used)
         pool = jnp.full((*shape.pool, *used.shape[3:]), jnp.nan, used.dtype)
-        return pool.at[:, shape.pages_before :].set(used)
+        pool = pool.at[:, shape.pages_before :].set(used)
+        return jax.lax.bitcast_convert_type(pool, jnp.uint8) if used.dtype.itemsize == 1 else pool  # as caches are
 
     given = [*map(on_device, pages), table + shape.pages_before, start, length]
     arguments = [
