@@ -50,9 +50,12 @@ LOOP_FLAGS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_s
 CAPACITY = 32768  # one layer's keys are then 64 MiB: no other buffer of a decode program comes near
 SHARED_MEMORY = 232448  # bytes a block may have on an H100
 KERNELS = sorted(set(IMPLEMENTATIONS) - {"xla"})
-PLANS: dict[str, TreePlan] = {"plain": OFF, "tree of 64": DynamicTree(depth=5, top_k=8, total=64)}
-FP8_CACHES = ", FP8 caches"
-LOOPS = [*PLANS, "tree of 64" + FP8_CACHES]
+TREE = DynamicTree(depth=5, top_k=8, total=64)
+LOOPS: dict[str, tuple[TreePlan, bool]] = {  # and whether over FP8 caches
+    "plain": (OFF, False),
+    "tree of 64": (TREE, False),
+    "tree of 64, FP8 caches": (TREE, True),
+}
 
 
 def attention_kernels(name: str) -> list[dict[str, Any]]:
@@ -88,8 +91,8 @@ def attention_kernels(name: str) -> list[dict[str, Any]]:
 
 
 def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[str, Any]:
-    """The whole compiled loop, as ``LLM.generate`` launches it. name: of PLANS, with FP8_CACHES after it or not."""
-    fp8 = name.endswith(FP8_CACHES)
+    """The whole compiled loop, as ``LLM.generate`` launches it. name: of LOOPS."""
+    plan, fp8 = LOOPS[name]
     capacity *= 2 if fp8 else 1  # as many bytes
     config = dataclasses.replace(LlamaConfig.llama3_8b(), num_layers=layers)
 
@@ -101,7 +104,7 @@ def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[s
         )
 
     decoder = Decoder(*nnx.eval_shape(modules), kv_cache_dtype=FP8 if fp8 else None)
-    program = Program(plan=PLANS[name.removesuffix(FP8_CACHES)], attention=attention)
+    program = Program(plan=plan, attention=attention)
     batch = make_batch(1, [1] * 40, 8)
     state = jax.eval_shape(
         lambda: decoder.first_state(decoder.empty_caches(1, program, capacity), batch, program, capacity)
@@ -170,7 +173,7 @@ def main() -> int:
         help="cache positions; activations of all layers must take less than a layer's",
     )
     parser.add_argument("--attention", nargs="*", default=KERNELS, choices=sorted(IMPLEMENTATIONS))
-    parser.add_argument("--loops", nargs="*", default=LOOPS, choices=LOOPS)
+    parser.add_argument("--loops", nargs="*", default=list(LOOPS), choices=list(LOOPS))
     parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
     parser.add_argument("--out", metavar="FILE.json")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # the child process: where its rows go

@@ -12,7 +12,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 
-from gpu_parts.attention import PAGE_SIZE, Problem, ours_seconds
+from gpu_parts.attention import Problem, ours_seconds
 from gpu_parts.rows import Rows, Settings
 from pallas_kernels import plan as rule
 
@@ -22,8 +22,7 @@ WAVES = (1, 2, 4, 8)
 def with_waves(waves: int, problem: Problem, tiny: bool) -> dict[str, Any]:
     p = problem
     with mock.patch.object(rule, "WAVES", waves):  # read when the call is traced
-        capacity = -(-p.length // PAGE_SIZE) * PAGE_SIZE
-        chosen = rule.plan(B=p.B, T=p.T, K=p.K, G=p.G, H=p.H, capacity=capacity, dtype=jnp.bfloat16)
+        chosen = rule.plan(B=p.B, T=p.T, K=p.K, G=p.G, H=p.H, capacity=p.length, dtype=jnp.bfloat16)
         return dict(seconds=ours_seconds("pallas", problem, tiny), splits=chosen.splits)
 
 
