@@ -9,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from convert import llama
+from convert import llama, llama4
 from convert.source import OpenSource, open_config, open_source
 from convert.table import ConversionError, Description, fill
-from jeagle.checkpoint import CheckpointError, is_checkpoint, load_config
+from jeagle.checkpoint import CheckpointError, abstract, is_checkpoint, load_config
 from jeagle.checkpoint_writer import CheckpointWriter
 from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.placement import axes_of, variables
+from jeagle.sharding import split_axis
 
 __all__ = ["ConversionError", "convert"]
 
@@ -74,8 +77,10 @@ def convert(
         tqdm(total=elements * itemsize, unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
         integers = {rule.target for rule in description.rules if rule.integer}
+        weights = variables(abstract(description.config))
         for path, array in tensors:
-            writer.add(path, array, "int32" if path in integers else stored)
+            split = split_axis(axes_of(weights[path]))
+            writer.add(path, array, "int32" if path in integers else stored, split_axis=split)
             bar.update(array.size * itemsize)
             del array  # the next one is made before the loop variable changes
         family = description.config.to_json()["family"]
@@ -95,17 +100,22 @@ def _describe(
         return description
     if target is not None or taps is not None:
         raise ConversionError(f"{opened.name} is a target model; --target and --taps belong to EAGLE heads, drop them")
-    return llama.describe(opened.config, opened.shapes, generation=opened.generation)
+    return _family(opened.config).describe(opened.config, opened.shapes, generation=opened.generation)
 
 
 def _read_target(target: str | Path) -> LlamaConfig:
     if not is_checkpoint(target):
         config, generation = open_config(target)
-        return llama.read_config(config, generation=generation)
+        return _family(config).read_config(config, generation=generation)
     ours = load_config(target)
     if not isinstance(ours, LlamaConfig):
         raise ConversionError(f"{target} holds an EAGLE head; give its target model as --target")
     return ours
+
+
+def _family(config: Mapping[str, Any]) -> ModuleType:
+    """The module that knows this family of targets."""
+    return llama4 if llama4.is_llama4(config) else llama
 
 
 def _choose_dtype(asked: str, found: str) -> tuple[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.eagle_config import Shapes, read_config
 from convert.table import ConversionError, Description, Rule, Source, block_rules, norm, plain, transposed
-from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.config import EagleConfig, Llama4EagleConfig, LlamaConfig
 
 __all__ = ["check_token_maps", "describe", "head_rules", "is_eagle"]
 
@@ -128,6 +128,8 @@ def _form(config: Mapping[str, Any], names: Mapping[str, Any], shapes: Shapes) -
         return "EAGLE-3 (SafeAILab's form)" if midlayer else "EAGLE-3 (vLLM's names)"
     if "embedding_layernorm.weight" in shapes:
         return "EAGLE-1 with HASS's norms before fc"
+    if "layers.0.feed_forward.gate_proj.weight" in shapes:
+        return "Meta's dense form for Llama 4"
     return "Meta's dense form" if "norm.weight" in shapes else "EAGLE-1/2"
 
 
@@ -151,6 +153,9 @@ def head_rules(config: EagleConfig) -> Iterator[Rule]:
     elif config.input_norms:
         yield norm("embed_norm", "embedding_layernorm", D)
         yield norm("hidden_norm", "hidden_states_layernorm", D)
+    rotary = None  # blocks whose rotary embedding turns interleaved pairs: those of Meta's heads for Llama 4
+    if isinstance(config, Llama4EagleConfig):
+        rotary = {*range(config.num_layers)} - {*config.nope_layers}
     for i in range(config.num_layers):
         normed = i > 0 or (not attention and config.first_block_norm)
         yield from block_rules(
@@ -159,6 +164,8 @@ def head_rules(config: EagleConfig) -> Iterator[Rule]:
             f"layers.{i}",
             input_width=2 * D if attention and i == 0 else D,
             attn_norm="input_layernorm" if normed else None,
+            mlp="mlp" if rotary is None else "feed_forward",
+            interleaved=rotary is not None and i in rotary,
         )
     if config.final_norm:
         yield norm("norm", "norm", D)

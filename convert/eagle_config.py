@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from convert.fields import flag, integer, number
+from convert.llama4 import DEFAULT_THETA as LLAMA4_THETA
+from convert.llama4 import irope_fields, is_llama4
 from convert.rope import parse_rope
 from convert.table import ConversionError
-from jeagle.config import ConfigError, EagleConfig, LlamaConfig, default_taps
+from jeagle.config import ConfigError, EagleConfig, Llama4EagleConfig, LlamaConfig, default_taps
 
 __all__ = ["Shapes", "read_config"]
 
@@ -44,8 +46,10 @@ def read_config(
     found = sorted({name.split(".")[1] for name in shapes if name.startswith("layers.")})
     if found != sorted(map(str, range(layers))):
         raise ConversionError(f"config.json has num_hidden_layers {layers}, but the tensors have layers {found}")
-    theta, scaling = parse_rope(body)
     attention = _fuses_in_attention(shapes, width)
+    # EAGLE-3 heads for Llama 4 have Llama's blocks, whatever they call themselves.
+    llama4 = not attention and is_llama4(body)
+    theta, scaling = parse_rope({"rope_theta": LLAMA4_THETA} | body if llama4 else body)
     target_width = integer(config, "target_hidden_size", width)
     target_layers = _target_layers(config, target)
     notes = [f"EAGLE head: {form}; {layers} layer{'s' * (layers > 1)} of width {width}"]
@@ -80,15 +84,20 @@ def read_config(
             # Meta's rule, and vLLM's for the speculators form: a head with a final norm feeds the normed output back.
             "norm_output": final_norm,
         }
+    kind: type[EagleConfig] = EagleConfig
+    if llama4:
+        if body.get("moe_layers"):
+            raise ConversionError("config.json: moe_layers must be [] in a draft head, whose blocks are dense")
+        kind, values = Llama4EagleConfig, values | irope_fields(body, layers)
     draft_vocab = integer(config, "draft_vocab_size", vocab)
     try:
-        head = EagleConfig(
+        head = kind(
             width=width,
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=integer(body, "num_key_value_heads", heads),
             head_dim=head_dim,
-            mlp_width=integer(body, "intermediate_size"),
+            mlp_width=integer(body, "intermediate_size_mlp" if llama4 else "intermediate_size"),
             norm_eps=number(body, "rms_norm_eps"),
             rope_theta=theta,
             rope_scaling=scaling,

@@ -36,7 +36,7 @@ from convert.eagle import describe, head_rules
 from convert.eagle_config import TAP_IDS
 from convert.table import ConversionError, Rule, unfill
 from jeagle.checkpoint import load_eagle
-from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
+from jeagle.config import EagleConfig, Llama4EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
 
 __all__ = ["export", "llama_config", "main"]
@@ -80,6 +80,8 @@ def export(
     name = "the head" if isinstance(head, EagleHead) else str(head)
     head = head if isinstance(head, EagleHead) else load_eagle(head)
     config = head.config
+    if isinstance(config, Llama4EagleConfig):
+        raise ConversionError(f"{name} has Llama 4's attention, for which no form is written; keep the original head")
     chosen = _choose_form(form, config, name)
     tensors = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(head))}
     stored = _choose_dtype(dtype, tensors, name)

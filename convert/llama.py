@@ -14,7 +14,7 @@ from convert.rope import parse_rope
 from convert.table import ConversionError, Description, Rule, block_rules, norm, plain, transposed
 from jeagle.config import ConfigError, LlamaConfig
 
-__all__ = ["describe", "read_config"]
+__all__ = ["describe", "eos_token_ids", "read_config"]
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -61,7 +61,7 @@ def read_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | No
             max_position=integer(config, "max_position_embeddings"),
             tie_embeddings=flag(config, "tie_word_embeddings"),
             bos_token_id=bos,
-            eos_token_ids=_eos_token_ids(config, generation or {}),
+            eos_token_ids=eos_token_ids(config, generation or {}),
         )
     except ConfigError as error:
         raise ConversionError(f"config.json: {error}") from error
@@ -89,7 +89,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ConversionError(f"config.json has hidden_act {activation!r}; only silu models convert")
 
 
-def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     """End tokens of both files, config.json's first; an int or a list, null for none (absent: HF's default, 2)."""
     ids: list[int] = []
     for file, value in (

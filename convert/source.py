@@ -12,15 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from convert.fields import read_json
-from convert.table import ConversionError, Source
+from convert.fp8 import FP8, Dequantized
+from convert.table import ConversionError, TypedSource
 from convert.tensors import SafetensorsSource, TorchSource
 
-__all__ = ["OpenSource", "TypedSource", "open_config", "open_source"]
+__all__ = ["OpenSource", "open_config", "open_source"]
 
 # Carried over as they are.
 CARRIED_FILES = (
@@ -36,12 +35,6 @@ CARRIED_FILES = (
     "generation_config.json",
 )
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-class TypedSource(Source, Protocol):
-    """A ``Source`` that also knows dtypes without reading."""
-
-    def dtype(self, name: str) -> np.dtype: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +103,8 @@ def _open_directory(directory: Path, name: str) -> OpenSource:
     if "family" in config and (directory / "source.json").is_file():
         raise ConversionError(f"{directory} is a converted checkpoint already; use it as it is")
     tensors, weight_files = _open_weights(directory)
+    if any(tensors.dtype(name) == FP8 for name in tensors.names()):
+        tensors = Dequantized(tensors)
     return OpenSource(
         name=name,
         config=config,

@@ -20,6 +20,7 @@ __all__ = [
     "Description",
     "Rule",
     "Source",
+    "TypedSource",
     "block_rules",
     "fill",
     "norm",
@@ -43,6 +44,12 @@ class Source(Protocol):
     def read(self, name: str) -> np.ndarray:
         """The tensor as stored (float32, float16, bfloat16 through ml_dtypes, or an integer or bool type)."""
         ...
+
+
+class TypedSource(Source, Protocol):
+    """A ``Source`` that also knows dtypes without reading."""
+
+    def dtype(self, name: str) -> np.dtype: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,20 +101,33 @@ def block_rules(
     *,
     input_width: int | None = None,
     attn_norm: str | None = "input_layernorm",
+    mlp: str = "mlp",
+    interleaved: bool = False,
 ) -> Iterator[Rule]:
-    """One transformer block, from HF names under ``source`` to ours under ``target`` (``jeagle/layers.py``)."""
+    """One transformer block, from HF names under ``source`` to ours under ``target`` (``jeagle/layers.py``).
+
+    mlp: what the MLP is called. interleaved: rotary embedding turns neighbours of a query or key head (Llama 4), not
+    its halves: the even numbers of a head become our first half, the odd ones our second.
+    """
     D, K, G, H, F = config.width, config.num_kv_heads, config.queries_per_kv, config.head_dim, config.mlp_width
     I = input_width or D
-    attn, mlp = f"{source}.self_attn", f"{source}.mlp"
+    attn, mlp = f"{source}.self_attn", f"{source}.{mlp}"
+
+    def halves(heads):  # [K, g, H, ...]
+        return np.concatenate([heads[:, :, 0::2], heads[:, :, 1::2]], axis=2) if interleaved else heads
+
+    def pairs(heads):
+        return np.stack(np.split(heads, 2, axis=2), axis=3).reshape(heads.shape) if interleaved else heads
 
     def fuse_qkv(q, k, v):  # [N*H, I], [K*H, I], [K*H, I] -> [I, K, G+2, H]; biases lack the I axis
         heads = [x.reshape(K, g, H, *x.shape[1:]) for x, g in ((q, G), (k, 1), (v, 1))]
-        fused = np.concatenate(heads, axis=1)
+        fused = np.concatenate([*map(halves, heads[:2]), heads[2]], axis=1)
         return np.moveaxis(fused, 3, 0) if fused.ndim == 4 else fused
 
     def split_qkv(fused):
         heads = np.moveaxis(fused, 0, 3) if fused.ndim == 4 else fused
-        return tuple(x.reshape(-1, *x.shape[3:]) for x in np.split(heads, (G, G + 1), axis=1))
+        q, k, v = np.split(heads, (G, G + 1), axis=1)
+        return tuple(x.reshape(-1, *x.shape[3:]) for x in (pairs(q), pairs(k), v))
 
     def fuse_gate_up(gate, up):  # [F, D] twice -> [D, 2, F]; biases [F] twice -> [2, F]
         fused = np.stack([gate, up])

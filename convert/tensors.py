@@ -22,6 +22,7 @@ DTYPES: dict[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,  # for convert/fp8.py to multiply out
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,

@@ -16,6 +16,7 @@ import jax
 
 from jeagle.cache import LayerPages, Prefix
 from jeagle.fp8 import rounded
+from jeagle.sharding import split
 
 __all__ = ["IMPLEMENTATIONS", "attend", "resolve"]
 
@@ -78,6 +79,14 @@ def attend(
     compute = IMPLEMENTATIONS[resolve(implementation)]
     if layer.scales is not None:
         k_BUKH, v_BUKH = rounded(k_BUKH), rounded(v_BUKH)
-    seen = prefix.page_table_BM, prefix.start_B, prefix.length_B
-    out_BTKGH, _ = compute(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, layer.keys, layer.values, *seen, layer.scales)
-    return out_BTKGH
+
+    def of_shard(q, k, v, mask, prefix: Prefix, keys, values, scales) -> jax.Array:
+        return compute(q, k, v, mask, keys, values, prefix.page_table_BM, prefix.start_B, prefix.length_B, scales)[0]
+
+    # Heads and rows know nothing of each other: each device attends with its own.
+    new, pages = ("rows", None, layer.kv_axis, None), (layer.kv_axis, "pages", None, None)
+    mask = (None if suffix_mask.shape[0] == 1 else "rows", None, None)
+    scales = None if layer.scales is None else (pages[:3],) * 2
+    inputs = ((*new, None), new, new, mask, prefix.axes(), pages, pages, scales)
+    attended = split(of_shard, inputs, (*new, None))
+    return attended(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, prefix, layer.keys, layer.values, layer.scales)

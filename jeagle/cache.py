@@ -13,7 +13,7 @@ is not in the cache yet just as ``commit`` will.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jeagle.config import BlockConfig
 from jeagle.fp8 import FP8, quantize
+from jeagle.sharding import rows_first, split
 
 __all__ = ["KVCache", "LayerPages", "NewKV", "Prefix", "Scales", "after", "commit"]
 
@@ -34,6 +35,7 @@ class LayerPages(NamedTuple):
     keys: jax.Array  # [K, num_pages, page_size, H]
     values: jax.Array
     scales: Scales | None  # of FP8 pages
+    kv_axis: str  # logical axis of K
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +46,7 @@ class KVCache:
     keys: list[jax.Array]
     values: list[jax.Array]
     scales: list[Scales] | None = None  # None for pages of other dtypes
+    kv_axis: str = field(default="kv_heads", metadata=dict(static=True))  # logical axis of K
 
     @classmethod
     def create(cls, config: BlockConfig, *, num_pages: int, page_size: int, dtype: jnp.dtype) -> KVCache:
@@ -54,12 +57,18 @@ class KVCache:
         eight_bit = jnp.dtype(dtype) == FP8
         keys, values = ([jnp.zeros(shape, jnp.uint8 if eight_bit else dtype) for _ in layers] for _ in "kv")
         if not eight_bit:
-            return cls(keys, values)
+            return cls(keys, values, kv_axis=config.kv_axis)
         k_scales, v_scales = ([jnp.zeros(shape[:-1], jnp.float32) for _ in layers] for _ in "kv")
-        return cls(keys, values, list(zip(k_scales, v_scales, strict=True)))
+        return cls(keys, values, list(zip(k_scales, v_scales, strict=True)), config.kv_axis)
 
     def layer(self, index: int) -> LayerPages:
-        return LayerPages(self.keys[index], self.values[index], None if self.scales is None else self.scales[index])
+        scales = None if self.scales is None else self.scales[index]
+        return LayerPages(self.keys[index], self.values[index], scales, self.kv_axis)
+
+    def axes(self) -> KVCache:
+        """The logical axes of every array, in the cache's own structure."""
+        pages = (self.kv_axis, "pages", None, None)
+        return jax.tree.map(lambda x: pages[: x.ndim], self)
 
 
 @jax.tree_util.register_dataclass
@@ -67,13 +76,16 @@ class KVCache:
 class Prefix:
     """The committed positions [start, length) each row sees, and the pages they live in."""
 
-    page_table_BM: jax.Array  # int32
+    page_table_BM: jax.Array  # int32; numbers of the pages that the row's device has
     start_B: jax.Array  # int32: 0, except under sliding windows and chunked layers
     length_B: jax.Array  # int32
 
     @classmethod
     def full(cls, page_table_BM: jax.Array, length_B: jax.Array) -> Prefix:
         return cls(page_table_BM, jnp.zeros_like(length_B), length_B)
+
+    def axes(self) -> Prefix:
+        return jax.tree.map(rows_first, self)
 
     def with_length(self, length_B: jax.Array) -> Prefix:
         return dataclasses.replace(self, length_B=length_B)
@@ -101,6 +113,15 @@ def commit(
 
     Example: length 5, path [0, 2, 4, 0], count 3 -> positions 5, 6, 7 receive nodes 0, 2, 4; the last 0 is padding.
     """
+    new = jax.tree.map(lambda _: ("rows", None, cache.kv_axis, None), new_kv)
+    inputs = (cache.axes(), new, prefix.axes(), ("rows",), None if path_BP is None else ("rows", None))
+    return split(_commit, inputs, cache.axes())(cache, new_kv, prefix, count_B, path_BP)
+
+
+def _commit(
+    cache: KVCache, new_kv: list[NewKV], prefix: Prefix, count_B: jax.Array, path_BP: jax.Array | None
+) -> KVCache:
+    """``commit`` for the kv heads and rows of one device. Page tables name pages of the device's own."""
     page_size = cache.keys[0].shape[2]
     num_pages = cache.keys[0].shape[1]
     P = new_kv[0][0].shape[1] if path_BP is None else path_BP.shape[1]
@@ -122,9 +143,10 @@ def commit(
         return pages.at[:, page_BP, slot_BP].set(new.astype(pages.dtype), mode="drop")
 
     if cache.scales is None:
-        return KVCache(
-            [write(pages, rows(k)) for pages, (k, _) in zip(cache.keys, new_kv, strict=True)],
-            [write(pages, rows(v)) for pages, (_, v) in zip(cache.values, new_kv, strict=True)],
+        return dataclasses.replace(
+            cache,
+            keys=[write(pages, rows(k)) for pages, (k, _) in zip(cache.keys, new_kv, strict=True)],
+            values=[write(pages, rows(v)) for pages, (_, v) in zip(cache.values, new_kv, strict=True)],
         )
 
     def stored(new_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,10 +154,11 @@ def commit(
         return jax.lax.bitcast_convert_type(number, jnp.uint8), scale
 
     of_keys, of_values = ([stored(x) for x in each] for each in zip(*new_kv))
-    return KVCache(
-        [write(pages, k) for pages, (k, _) in zip(cache.keys, of_keys, strict=True)],
-        [write(pages, v) for pages, (v, _) in zip(cache.values, of_values, strict=True)],
-        [
+    return dataclasses.replace(
+        cache,
+        keys=[write(pages, k) for pages, (k, _) in zip(cache.keys, of_keys, strict=True)],
+        values=[write(pages, v) for pages, (v, _) in zip(cache.values, of_values, strict=True)],
+        scales=[
             (write(k_scales, k), write(v_scales, v))
             for (k_scales, v_scales), (_, k), (_, v) in zip(cache.scales, of_keys, of_values, strict=True)
         ],

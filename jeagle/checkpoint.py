@@ -7,16 +7,15 @@
     source.json             format_version, family, dtype, source and the SHA-256 of every file it was made from
     tokenizer.json, ...     the tokenizer's files, chat template and generation_config.json, as the source had them
 
-``jeagle/checkpoint_writer.py`` makes one, and ``load`` restores it into an NNX module, each array straight into its
-sharding. Knows nothing of foreign formats and nothing of tokenizers: their files are bytes here.
+``jeagle/checkpoint_writer.py`` makes one, and ``load`` restores it into an NNX module, each part of an array straight
+onto its device. Knows nothing of foreign formats and nothing of tokenizers: their files are bytes here.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,17 @@ import jax.numpy as jnp
 import tensorstore as ts
 from flax import nnx
 
-from jeagle.config import ConfigError, EagleConfig, LlamaConfig
+from jeagle.config import BlockConfig, ConfigError, EagleConfig, Llama4Config, Llama4EagleConfig, LlamaConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.llama4 import Llama4, Llama4EagleHead
+from jeagle.placement import Part, Placement, filled, placements, repeat_kv_heads
+from jeagle.sharding import Layout, MeshError
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
-    "Shardings",
+    "abstract",
     "is_checkpoint",
     "load",
     "load_config",
@@ -46,7 +48,13 @@ FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16")
 READ_BYTES = 1 << 30  # what may wait in host memory for its device while a checkpoint is loaded
 
-Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None
+# What config.json calls a kind of model -> its description and its module.
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, Llama),
+    "llama4": (Llama4Config, Llama4),
+    "eagle": (EagleConfig, EagleHead),
+    "llama4_eagle": (Llama4EagleConfig, Llama4EagleHead),
+}
 
 
 class CheckpointError(ValueError):
@@ -71,74 +79,70 @@ def load_config(directory: str | Path) -> LlamaConfig | EagleConfig:
     read_source(directory)
     data = _read_json(directory / "config.json")
     family = data.get("family")
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{directory / 'config.json'} says family {family!r}, which this jeagle does not know; convert the model "
+            "again"
+        )
     try:
-        if family == "llama":
-            return LlamaConfig.from_json(data)
-        if family == "eagle":
-            return EagleConfig.from_json(data)
+        return FAMILIES[family][0].from_json(data)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{directory / 'config.json'} is damaged ({error}); convert the model again") from error
-    raise CheckpointError(
-        f"{directory / 'config.json'} says family {family!r}, which this jeagle does not know; convert the model again"
-    )
 
 
-def load_llama(directory: str | Path, dtype: str = "auto", *, shardings: Shardings = None) -> Llama:
+def abstract(config: BlockConfig, dtype: Any = jnp.float32) -> Any:
+    """The module that ``config`` describes, with shapes in place of weights."""
+    module = FAMILIES[config.to_json()["family"]][1]
+    return nnx.eval_shape(lambda: module(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+
+
+def load_llama(directory: str | Path, dtype: str = "auto", *, layout: Layout | None = None) -> Llama:
     """The target stored in ``directory``."""
     config = load_config(directory)
     if not isinstance(config, LlamaConfig):
         raise CheckpointError(f"{directory} holds an EAGLE head, not a target model; give it as the head")
-    return _restore(Path(directory), config, Llama, dtype, shardings)
+    return _restore(Path(directory), config, dtype, layout)
 
 
-def load_eagle(directory: str | Path, dtype: str = "auto", *, shardings: Shardings = None) -> EagleHead:
+def load_eagle(directory: str | Path, dtype: str = "auto", *, layout: Layout | None = None) -> EagleHead:
     """The EAGLE head stored in ``directory``."""
     config = load_config(directory)
     if not isinstance(config, EagleConfig):
         raise CheckpointError(f"{directory} holds a target model, not an EAGLE head; give it as the model")
-    return _restore(Path(directory), config, EagleHead, dtype, shardings)
+    return _restore(Path(directory), config, dtype, layout)
 
 
-def load(directory: str | Path, dtype: str = "auto", *, shardings: Shardings = None) -> Llama | EagleHead:
+def load(directory: str | Path, dtype: str = "auto", *, layout: Layout | None = None) -> Llama | EagleHead:
     """Whatever model is stored in ``directory``.
 
     Args:
       dtype: of the weights in memory: "float32", "bfloat16", or "auto" for what is stored. Integers are never cast.
-      shardings: one sharding for all, or one per dotted path; without, all goes to the default device.
+      layout: over which devices; each is given, and reads, its own part. None is the default device.
     """
     eagle = isinstance(load_config(directory), EagleConfig)
-    return (load_eagle if eagle else load_llama)(directory, dtype, shardings=shardings)
+    return (load_eagle if eagle else load_llama)(directory, dtype, layout=layout)
 
 
-def _restore(directory: Path, config: Any, module: Callable[..., Any], dtype: str, shardings: Shardings) -> Any:
+def _restore(directory: Path, config: Any, dtype: str, layout: Layout | None) -> Any:
     """Build the module without weights, read each array into its place, and put the two together."""
-    stored = read_source(directory)["dtype"]
+    stored_dtype = read_source(directory)["dtype"]
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
-    param_dtype = jnp.dtype(stored if dtype == "auto" else dtype)
-    abstract = nnx.eval_shape(lambda: module(config, dtype=param_dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def place(path: str, value: Any) -> jax.ShapeDtypeStruct:
-        sharding = shardings.get(path) if isinstance(shardings, Mapping) else shardings
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding or default)
-
-    wanted = {path: place(path, variable.get_value()) for path, (_, variable) in variables.items()}
+    dtype = stored_dtype if dtype == "auto" else dtype
+    stored = abstract(config, dtype)
+    module = stored if layout is None else abstract(repeat_kv_heads(config, layout), dtype)
     try:
-        arrays = _read_arrays(directory, wanted)
+        arrays = _read_arrays(directory, placements(stored, module, layout))
     except ValueError as error:  # all that tensorstore raises
-        if isinstance(error, CheckpointError):
+        if isinstance(error, (CheckpointError, MeshError)):
             raise
         reason = str(error).splitlines()[0][:200]
         raise CheckpointError(f"{directory / 'params'} is damaged; convert the model again ({reason})") from error
-    filled = [(path, variable.replace(arrays[name])) for name, (path, variable) in variables.items()]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return filled(module, arrays)
 
 
-def _read_arrays(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Every array onto its devices, each device's part read once. At most READ_BYTES wait in host memory."""
+def _read_arrays(directory: Path, wanted: Mapping[str, Placement]) -> dict[str, jax.Array]:
+    """Every array onto its devices, each part read once. At most READ_BYTES wait in host memory."""
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100 << 20}})
     params = (directory / "params").absolute()
     if not (params / "manifest.ocdbt").is_file():
@@ -153,26 +157,26 @@ def _read_arrays(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
     _check_shapes(directory, {path: store.shape for path, store in stores.items()}, wanted)
 
     arrays: dict[str, jax.Array] = {}
-    reading: deque[tuple[str, list[tuple[list[jax.Device], ts.Future]], int]] = deque()
+    reading: deque[tuple[str, list[tuple[list[jax.Device], Part, list[ts.Future]]], int]] = deque()
     waiting = 0
 
     def place_next() -> int:
         path, parts, size = reading.popleft()
-        leaf = wanted[path]
-        on_devices = [jax.device_put(part.result(), device) for devices, part in parts for device in devices]
-        arrays[path] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, on_devices)
+        placement = wanted[path]
+        on_devices = []
+        for devices, part, futures in parts:
+            value = part.join([future.result() for future in futures])
+            on_devices += [jax.device_put(value, device) for device in devices]
+        arrays[path] = jax.make_array_from_single_device_arrays(placement.shape, placement.sharding, on_devices)
         return size
 
-    for path, leaf in wanted.items():
-        store = ts.cast(stores[path], leaf.dtype.name)
-        parts = _devices_by_part(leaf)
-        size = leaf.dtype.itemsize * sum(math.prod(map(len, part)) for part in parts)
+    for path, placement in wanted.items():
+        store = ts.cast(stores[path], placement.dtype.name)
+        parts = [(devices, placement.part(index)) for index, devices in _devices_by_index(placement).items()]
+        size = placement.dtype.itemsize * sum(part.size for _, part in parts)
         while reading and waiting + size > READ_BYTES:
             waiting -= place_next()
-        futures = [
-            (devices, store[tuple(slice(axis.start, axis.stop) for axis in part)].read())
-            for part, devices in parts.items()
-        ]
+        futures = [(devices, part, [store[slices].read() for slices in part.slices]) for devices, part in parts]
         reading.append((path, futures, size))
         waiting += size
     while reading:
@@ -180,25 +184,23 @@ def _read_arrays(directory: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
     return arrays
 
 
-def _devices_by_part(leaf: jax.ShapeDtypeStruct) -> dict[tuple[range, ...], list[jax.Device]]:
+def _devices_by_index(placement: Placement) -> dict[tuple[slice, ...], list[jax.Device]]:
     """Which of this process's devices hold which part; replicas share one read."""
-    parts: dict[tuple[range, ...], list[jax.Device]] = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        part = tuple(range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
-        parts.setdefault(part, []).append(device)
+    parts: dict[tuple[slice, ...], list[jax.Device]] = {}
+    for device, index in placement.sharding.addressable_devices_indices_map(placement.shape).items():
+        assert index is not None
+        parts.setdefault(index, []).append(device)
     return parts
 
 
-def _check_shapes(
-    directory: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> None:
+def _check_shapes(directory: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Placement]) -> None:
     for path in sorted(wanted.keys() | found.keys()):
         if path not in found:
             problem = f"lacks tensor {path}"
         elif path not in wanted:
             problem = f"holds tensor {path}, which its config.json does not speak of"
-        elif tuple(found[path]) != wanted[path].shape:
-            problem = f"holds tensor {path} of shape {tuple(found[path])}, its config.json says {wanted[path].shape}"
+        elif tuple(found[path]) != wanted[path].stored:
+            problem = f"holds tensor {path} of shape {tuple(found[path])}, its config.json says {wanted[path].stored}"
         else:
             continue
         raise CheckpointError(f"{directory} {problem}; convert the model again")

@@ -28,10 +28,14 @@ from jeagle.checkpoint import FORMAT_VERSION, CheckpointError, ocdbt
 from jeagle.config import BlockConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.placement import axes_of, dotted
+from jeagle.sharding import split_axis
 
 __all__ = ["CheckpointWriter", "save"]
 
-CHUNK_BYTES = 32 << 20  # one zarr chunk: what a device of a mesh reads beyond its own rows at most
+CHUNK_BYTES = 32 << 20  # most of one zarr chunk
+SHARDS = 8  # devices of the largest mesh in use, of which each should read its own chunks alone ..
+WORTH_SPLITTING = 1 << 20  # .. of tensors of at least so many bytes
 COMMIT_BYTES = 128 << 20  # one OCDBT transaction: small tensors share data files, large ones never pile up
 
 
@@ -70,26 +74,32 @@ class CheckpointWriter:
             self._directory, self._lock = _make_locked_sibling(self.destination)
         return self
 
-    def add(self, path: str, array: np.ndarray, dtype: Any = None) -> None:
-        """Write one tensor under its dotted path, cast to ``dtype`` piece by piece. ``array`` may be any view."""
+    def add(self, path: str, array: np.ndarray, dtype: Any = None, *, split_axis: int = 0) -> None:
+        """Write one tensor under its dotted path, cast to ``dtype`` piece by piece. ``array`` may be any view.
+
+        split_axis: the axis that meshes split. Chunks are cut along it, so that a device reads its part and no more.
+        """
         if path in self._shapes:
             raise ValueError(f"{path} was already written")
         dtype = np.dtype(array.dtype if dtype is None else dtype)
         self._shapes[path] = array.shape
-        row_bytes = max(1, math.prod(array.shape[1:]) * dtype.itemsize)
+        length, size = array.shape[split_axis], array.size * dtype.itemsize
+        shards = SHARDS if size >= WORTH_SPLITTING else 1
         # Chunks of equal size: the last one is stored whole, and padding would be read back on every start.
-        chunks = max(1, math.ceil(len(array) / max(1, CHUNK_BYTES // row_bytes)))
-        rows = max(1, math.ceil(len(array) / chunks))
-        spec = _array_spec(self._directory / "params", path, array.shape, (rows, *array.shape[1:]), dtype)
+        chunks = shards * math.ceil(size / (shards * CHUNK_BYTES))
+        rows = max(1, math.ceil(length / max(1, chunks)))
+        chunk = (*array.shape[:split_axis], rows, *array.shape[split_axis + 1 :])
+        spec = _array_spec(self._directory / "params", path, array.shape, chunk, dtype)
         with _explained(self.destination):
             store = self._open(spec, create=True)
-            for start in range(0, len(array), rows):
-                piece = array[start : start + rows].astype(dtype, copy=False)
+            for start in range(0, length, rows):
+                index = (*[slice(None)] * split_axis, slice(start, min(start + rows, length)))
+                piece = array[index].astype(dtype, copy=False)
                 if self._pending_bytes + piece.nbytes > COMMIT_BYTES and self._pending_bytes:
                     self._commit()
                     store = self._open(spec)
                 # The transaction may keep the piece until it commits: no one writes to converted arrays.
-                store[start : start + len(piece)].write(piece, can_reference_source_data_indefinitely=True).result()
+                store[index].write(piece, can_reference_source_data_indefinitely=True).result()
                 self._pending_bytes += piece.nbytes
             if array.size * dtype.itemsize > COMMIT_BYTES // 2:
                 self._commit()  # a waiting piece would keep the whole array in memory while the next one is made
@@ -164,7 +174,8 @@ def save(
     with CheckpointWriter(destination) as writer:
         for path, variable in nnx.to_flat_state(nnx.state(module)):
             value = np.asarray(variable.get_value())
-            writer.add(".".join(map(str, path)), value, value.dtype if value.dtype.kind == "i" else jnp.dtype(dtype))
+            stored = value.dtype if value.dtype.kind == "i" else jnp.dtype(dtype)
+            writer.add(dotted(path), value, stored, split_axis=split_axis(axes_of(variable)))
         return writer.finish(config, about, extra_files)
 
 

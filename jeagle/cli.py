@@ -1,4 +1,4 @@
-"""The ``jeagle`` command: generate, chat, demo."""
+"""The ``jeagle`` command: generate, chat, demo, plan."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jeagle.plan_command import add_arguments
 
 if TYPE_CHECKING:
     from jeagle.llm import LLM
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jeagle", description="EAGLE speculative decoding for Llama in JAX.")
-    commands = parser.add_subparsers(required=True, metavar="generate|chat|demo")
+    commands = parser.add_subparsers(required=True, metavar="generate|chat|demo|plan")
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
@@ -44,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL] or off")
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     shared.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="fp8: caches of 8 bits")
+    shared.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share every layer")
+    shared.add_argument("--data-parallel-size", type=int, default=1, help="groups of them that share the rows")
     shared.add_argument("--max-model-len", type=int, help="most positions of prompt and output together")
     shared.add_argument("--max-tokens", type=int, default=256)
     shared.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -56,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", parents=[shared], help="continue a prompt")
     generate.add_argument("prompt", help="text, or - for standard input")
     generate.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    generate.add_argument(
+        "--distributed", action="store_true", help="several processes, as SLURM, MPI or Kubernetes say"
+    )
+    generate.add_argument("--coordinator", metavar="HOST:PORT", help="the same without them: where process 0 listens")
+    generate.add_argument("--num-processes", type=int, help="how many processes run this command")
+    generate.add_argument("--process-id", type=int, help="which of them this is: 0, 1, ..; 0 prints")
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", parents=[shared], help="talk; an empty line or Ctrl-D ends")
@@ -68,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tree", default="auto")
     demo.add_argument("--max-tokens", type=int, default=64)
     demo.set_defaults(run=_demo)
+
+    plan = commands.add_parser("plan", help="what a model needs and how fast it can be on GPUs not yet rented")
+    add_arguments(plan)
     return parser
 
 
@@ -81,6 +94,8 @@ def _load(args: argparse.Namespace) -> LLM:
     return LLM(
         args.model,
         args.draft,
+        tensor_parallel_size=args.tensor_parallel_size,
+        data_parallel_size=args.data_parallel_size,
         tree=args.tree,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
@@ -114,10 +129,22 @@ def _print_stream(pieces) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     params = _params(args)  # wrong parameters are said before a model is loaded
+    joining = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed or any(value is not None for value in joining):
+        from jeagle import distributed
+
+        distributed.connect(*joining)
     llm = _load(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     templated = not args.raw and llm.tokenizer.chat_template
-    _print_stream(llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params))
+    pieces = llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params)
+    from jax import process_index
+
+    if process_index():  # all compute, the first one prints
+        for _ in pieces:
+            pass
+    else:
+        _print_stream(pieces)
     return 0
 
 

@@ -11,7 +11,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-__all__ = ["BlockConfig", "ConfigError", "EagleConfig", "LlamaConfig", "RopeScaling"]
+__all__ = [
+    "BlockConfig",
+    "ConfigError",
+    "EagleConfig",
+    "IRopeConfig",
+    "Llama4Config",
+    "Llama4EagleConfig",
+    "LlamaConfig",
+    "RopeScaling",
+    "TemperatureTuning",
+]
 
 
 class ConfigError(ValueError):
@@ -37,10 +47,28 @@ class RopeScaling:
             raise ConfigError(f"rope_scaling kind {self.kind!r} is not supported; it must be 'linear' or 'llama3'")
         if not self.factor >= 1.0:
             raise ConfigError(f"rope_scaling factor must be at least 1, got {self.factor}")
-        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor:
+        # Equal in Llama 4 Scout, where no frequency lies between the two.
+        if self.kind == "llama3" and not self.high_freq_factor >= self.low_freq_factor > 0:
             raise ConfigError(
-                f"rope_scaling high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor "
-                f"({self.low_freq_factor})"
+                f"rope_scaling high_freq_factor ({self.high_freq_factor}) must be at least low_freq_factor "
+                f"({self.low_freq_factor}), which must be positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureTuning:
+    """Queries at position p are scaled by 1 + attn_scale * log(1 + floor((p + 1) / floor_scale)): Llama 4's attention
+    without rotary embedding stays sharp in contexts longer than the training ones (arXiv:2501.19399; HF
+    ``Llama4TextAttention``)."""
+
+    floor_scale: int
+    attn_scale: float
+
+    def __post_init__(self) -> None:
+        if not self.floor_scale >= 1 or not self.attn_scale > 0:
+            raise ConfigError(
+                f"temperature_tuning needs floor_scale >= 1 and attn_scale > 0, got {self.floor_scale} and "
+                f"{self.attn_scale}"
             )
 
 
@@ -82,6 +110,15 @@ class BlockConfig:
             raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
         if not self.norm_eps > 0 or not self.rope_theta > 0:
             raise ConfigError(f"norm_eps and rope_theta must be positive, got {self.norm_eps} and {self.rope_theta}")
+
+    @property
+    def axis_prefix(self) -> str:
+        """What the names of this model's split axes begin with (``jeagle.sharding.Rules``)."""
+        return ""
+
+    @property
+    def kv_axis(self) -> str:
+        return self.axis_prefix + "kv_heads"
 
     @property
     def queries_per_kv(self) -> int:
@@ -158,55 +195,72 @@ class LlamaConfig(BlockConfig):
             }
         )
 
-    @classmethod
-    def smollm2_135m(cls) -> Self:
-        return cls(
-            width=576,
-            num_layers=30,
-            num_heads=9,
-            num_kv_heads=3,
-            head_dim=64,
-            mlp_width=1536,
-            norm_eps=1e-5,
-            rope_theta=100000.0,
-            rope_scaling=None,
-            attention_bias=False,
-            mlp_bias=False,
-            vocab_size=49152,
-            max_position=8192,
-            tie_embeddings=True,
-            bos_token_id=1,
-            eos_token_ids=(2,),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class IRopeConfig(BlockConfig):
+    """Llama 4's attention, of a target or of a head: most blocks rotary and chunked, the others neither."""
+
+    nope_layers: tuple[int, ...]  # blocks without rotary embedding: full attention, temperature tuning, no QK norm
+    attention_chunk: int | None  # positions of a chunk, in blocks with rotary embedding; None: no chunks
+    qk_norm: bool  # L2 norm, without weights, of rotated queries and keys
+    temperature_tuning: TemperatureTuning | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_layers("nope_layers", self.nope_layers, self.num_layers)
+        if self.attention_chunk is not None and (not isinstance(self.attention_chunk, int) or self.attention_chunk < 1):
+            raise ConfigError(f"attention_chunk must be a positive integer or None, got {self.attention_chunk!r}")
 
     @classmethod
-    def llama3_1b(cls) -> Self:
-        """Llama 3.2 1B's shape."""
-        return dataclasses.replace(
-            cls.llama3_8b(), width=2048, num_layers=16, head_dim=64, mlp_width=8192, tie_embeddings=True
-        )
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        if isinstance(data.get("temperature_tuning"), dict):
+            data = {**data, "temperature_tuning": TemperatureTuning(**data["temperature_tuning"])}
+        return super().from_json(data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama4Config(IRopeConfig, LlamaConfig):
+    """A Llama 4 text target: iRoPE, and routed experts beside a shared one in some or all blocks."""
+
+    num_experts: int  # E
+    moe_layers: tuple[int, ...]  # blocks of routed experts and a shared expert; the others are dense, mlp_width wide
+    expert_mlp_width: int  # F of one routed expert and of the shared expert
+    experts_per_token: int  # 1 in every published model
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_experts", "expert_mlp_width", "experts_per_token"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts})")
+        _check_layers("moe_layers", self.moe_layers, self.num_layers)
+        if self.mlp_bias:
+            raise ConfigError("mlp_bias must be False: no MLP of Llama 4 has biases")
+
+    @property
+    def num_parameters(self) -> int:
+        d, f = self.width, self.expert_mlp_width
+        expert, dense = 3 * d * f, 3 * d * self.mlp_width
+        moe = (self.num_experts + 1) * expert + d * self.num_experts
+        return super().num_parameters + len(self.moe_layers) * (moe - dense)
 
     @classmethod
-    def llama3_8b(cls) -> Self:
-        """Llama 3.1 8B's shape."""
-        return cls(
-            width=4096,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-            mlp_width=14336,
-            norm_eps=1e-5,
-            rope_theta=500000.0,
-            rope_scaling=RopeScaling(kind="llama3", factor=8.0),
-            attention_bias=False,
-            mlp_bias=False,
-            vocab_size=128256,
-            max_position=131072,
-            tie_embeddings=False,
-            bos_token_id=128000,
-            eos_token_ids=(128001, 128008, 128009),
+    def tiny(cls, **overrides: Any) -> Self:
+        """For tests: four layers, dense and routed in turn, every second without rotary embedding, chunks of 16."""
+        values = dict(
+            num_layers=4,
+            num_experts=4,
+            moe_layers=(1, 3),
+            expert_mlp_width=48,
+            experts_per_token=1,
+            nope_layers=(1, 3),
+            attention_chunk=16,
+            qk_norm=True,
+            temperature_tuning=TemperatureTuning(floor_scale=4, attn_scale=0.3),
         )
+        return super().tiny(**{**values, **overrides})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +324,10 @@ class EagleConfig(BlockConfig):
             raise ConfigError("norm_output needs final_norm")
 
     @property
+    def axis_prefix(self) -> str:
+        return "draft_"
+
+    @property
     def feature_width(self) -> int:
         """Width of what the target hands over per position: all taps side by side, or the final hidden state."""
         return self.target_width * max(1, len(self.taps))
@@ -304,10 +362,43 @@ class EagleConfig(BlockConfig):
         return cls(**{**values, **overrides})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Llama4EagleConfig(IRopeConfig, EagleConfig):
+    """Meta's head for Llama 4: its ``concat`` form, of dense blocks with Llama 4's attention. (EAGLE-3 heads for Llama
+    4 are ordinary ones.)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fusion != "concat":
+            raise ConfigError("a head with Llama 4's attention fuses by 'concat'; EAGLE-3 heads have Llama's")
+
+    @classmethod
+    def for_target(
+        cls, target: LlamaConfig, kind: Literal["eagle1", "eagle3", "meta"] = "meta", **overrides: Any
+    ) -> Self:
+        """Meta's head for ``target``, every block rotary, chunked as the target's."""
+        irope = {name: getattr(target, name) for name in _IROPE}
+        return super().for_target(target, kind, **{**irope, "nope_layers": (), **overrides})
+
+
+_IROPE = {f.name for f in dataclasses.fields(IRopeConfig)} - {f.name for f in dataclasses.fields(BlockConfig)}
+
+
+def _check_layers(name: str, layers: tuple[int, ...], num_layers: int) -> None:
+    if list(layers) != sorted(set(layers)) or any(not 0 <= i < num_layers for i in layers):
+        raise ConfigError(f"{name} must list blocks in 0..{num_layers - 1}, each once and in order, got {layers}")
+
+
 def default_taps(num_layers: int) -> tuple[int, int, int]:
     """EAGLE-3's taps: the inputs of blocks 2, L//2 and L-3 (clamped for models of fewer than five layers)."""
     low, middle, high = 2, num_layers // 2, num_layers - 3
     return min(low, num_layers), middle, max(high, 0)
 
 
-_FAMILY: dict[type, str] = {BlockConfig: "block", LlamaConfig: "llama", EagleConfig: "eagle"}
+_FAMILY: dict[type, str] = {
+    BlockConfig: "block",
+    LlamaConfig: "llama",
+    Llama4Config: "llama4",
+    EagleConfig: "eagle",
+    Llama4EagleConfig: "llama4_eagle",
+}

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jeagle import sampling
 from jeagle.cache import KVCache, Prefix, after, commit
 from jeagle.draft import DraftState, propose
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, choose
+from jeagle.sharding import rows_first, split
 from jeagle.tree import OFF, Tree, TreePlan
 from jeagle.verify import accept
 
@@ -84,6 +86,9 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     """One round for every row: propose a tree, verify it in one target forward, keep what the target chose."""
     running_B = state.finish_B == 0
     prefix, remaining_B = state.prefix, state.max_tokens_B - state.num_output_B
+    room_B = target.room_B(state.length_B)
+    if room_B is not None:
+        remaining_B = jnp.minimum(remaining_B, room_B)
     pending_kv = None
     if state.draft is None or head is None or not program.drafts:
         tree = Tree.root_only(state.root_B)
@@ -144,17 +149,18 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     def put(output: jax.Array, new: jax.Array) -> jax.Array:
         """Append the emitted part of ``new`` [B, P, ...] to ``output`` [B, O, ...]."""
         slot_BP = jnp.where(index_P < num_emitted_B[:, None], state.num_output_B[:, None] + index_P, output.shape[1])
-        return output.at[jnp.arange(output.shape[0])[:, None], slot_BP].set(new.astype(output.dtype), mode="drop")
+
+        def of_shard(output: jax.Array, new: jax.Array, slot_BP: jax.Array) -> jax.Array:
+            return output.at[jnp.arange(len(output))[:, None], slot_BP].set(new.astype(output.dtype), mode="drop")
+
+        arrays = output, new, slot_BP
+        return split(of_shard, tuple(map(rows_first, arrays)), rows_first(output))(*arrays)
 
     logprobs = state.logprobs
     if logprobs is not None:
         path_logits_BPV = jnp.take_along_axis(logits_BTV, path_BP[:, :, None], axis=1)
-        all_BPV = jax.nn.log_softmax(path_logits_BPV, axis=-1)
-        chosen_BP = jnp.take_along_axis(all_BPV, emitted_BP[:, :, None], axis=2)[..., 0]
-        top, top_id = jax.lax.top_k(all_BPV, program.num_logprobs or 0)
-        logprobs = Logprobs(
-            put(logprobs.chosen_BO, chosen_BP), put(logprobs.top_BOn, top), put(logprobs.top_id_BOn, top_id)
-        )
+        found = sampling.logprobs(path_logits_BPV, emitted_BP, program.num_logprobs or 0)
+        logprobs = jax.tree.map(put, logprobs, Logprobs(*found))
 
     last_B = jnp.maximum(num_emitted_B - 1, 0)[:, None]
     histogram_BP = (index_P == num_emitted_B[:, None] - 1).astype(jnp.int32)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jeagle import sharding
 from jeagle.cache import KVCache
 from jeagle.decode import FINISH_REASONS, DecodeState, Logprobs, Program, launch
 from jeagle.draft import DraftState
@@ -24,8 +25,9 @@ from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.prefill import Caches, prefill_chunk
 from jeagle.sampling import RowSampling
+from jeagle.sharding import Layout
 
-__all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair"]
+__all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair", "state_axes"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,11 @@ class CompiledProgram:
 
 
 class Decoder:
-    """A target, perhaps a head, and their compiled programs."""
+    """A target, perhaps a head, and their compiled programs.
+
+    layout: over which devices everything is laid out, weights (see ``placement.place``) as well as caches and states;
+    None is one device.
+    """
 
     def __init__(
         self,
@@ -67,12 +73,14 @@ class Decoder:
         *,
         page_size: int = 64,
         kv_cache_dtype: jnp.dtype | None = None,  # of both caches; None is the target's
+        layout: Layout | None = None,
     ):
         if head is not None:
             check_pair(target, head)
         self.target_config = target.config
         self.head_config = None if head is None else head.config
         self.page_size = page_size
+        self.layout = layout
         self.dtype = target.embed.dtype
         self.kv_cache_dtype = self.dtype if kv_cache_dtype is None else jnp.dtype(kv_cache_dtype)
         split = [(None, None) if m is None else nnx.split(m) for m in (target, head)]
@@ -81,8 +89,8 @@ class Decoder:
         # place; graph definitions are closed over, as hashing them on every call costs milliseconds.
         self.params = tuple(p for _, p in split)
         jit = partial(jax.jit, donate_argnums=(1,))
-        self._prefill = jit(_on_modules(prefill_chunk, definitions), static_argnames=("attention",))
-        self.jitted_launch = jit(_on_modules(launch, definitions), static_argnames=("program",))
+        self._prefill = jit(_on_modules(prefill_chunk, definitions, layout), static_argnames=("attention",))
+        self.jitted_launch = jit(_on_modules(launch, definitions, layout), static_argnames=("program",))
         self._compiled: dict[tuple, CompiledProgram] = {}
         self._lock = threading.Lock()
 
@@ -106,44 +114,65 @@ class Decoder:
         root_B = np.array([p[-1] for p in batch.prompts] + [0] * (B - len(batch.prompts)), np.int32)
         draft = None
         if caches.head is not None and caches.feature_BX is not None:
+            token_BP = np.zeros((B, P), np.int32)
+            token_BP[:, 0] = root_B
             draft = DraftState(
                 caches.head,
-                jnp.zeros((B, P, caches.feature_BX.shape[1]), self.dtype).at[:, 0].set(caches.feature_BX),
-                jnp.zeros((B, P), jnp.int32).at[:, 0].set(root_B),
-                jnp.asarray(prompt_B > 1, jnp.int32),
+                jnp.pad(caches.feature_BX[:, None], ((0, 0), (0, P - 1), (0, 0))),
+                self.put(token_BP),
+                self.put((prompt_B > 1).astype(np.int32)),
             )
+
+        def zeros(*shape: int, dtype: type = np.int32) -> jax.Array:
+            return self.put(np.zeros((B, *shape), dtype))
+
         logprobs = None
         if program.num_logprobs is not None:
-            shape = (B, capacity, program.num_logprobs)
-            logprobs = Logprobs(jnp.zeros(shape[:2]), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
-        # Copies, every one of them: the state is donated, and a batch may be started twice.
+            best = (capacity, program.num_logprobs)
+            logprobs = Logprobs(zeros(capacity, dtype=np.float32), zeros(*best, dtype=np.float32), zeros(*best))
         return DecodeState(
             cache=caches.target,
             draft=draft,
             page_table_BM=caches.page_table_BM,
-            length_B=jnp.array(prompt_B - 1),
-            root_B=jnp.array(root_B),
-            sampling=jax.tree.map(jnp.array, batch.sampling),
-            stop_id_BI=jnp.array(batch.stop_id_BI),
-            max_tokens_B=jnp.array(batch.max_tokens_B),
-            output_BO=jnp.zeros((B, capacity), jnp.int32),
-            num_output_B=jnp.zeros(B, jnp.int32),
+            length_B=self.put(prompt_B - 1),
+            root_B=self.put(root_B),
+            sampling=jax.tree.map(self.put, batch.sampling),
+            stop_id_BI=self.put(batch.stop_id_BI),
+            max_tokens_B=self.put(batch.max_tokens_B),
+            output_BO=zeros(capacity),
+            num_output_B=zeros(),
             logprobs=logprobs,
-            finish_B=jnp.asarray(batch.max_tokens_B <= 0, jnp.int32) * FINISH_REASONS.index("length"),
-            num_rounds_B=jnp.zeros(B, jnp.int32),
-            acceptance_BP=jnp.zeros((B, P), jnp.int32),
+            finish_B=self.put((batch.max_tokens_B <= 0).astype(np.int32) * FINISH_REASONS.index("length")),
+            num_rounds_B=zeros(),
+            acceptance_BP=zeros(P),
         )
+
+    @property
+    def row_shards(self) -> int:
+        """What batches must be a multiple of."""
+        return 1 if self.layout is None else self.layout.parts("rows")
+
+    def put(self, value: np.ndarray | np.generic | jax.Array) -> jax.Array:
+        """A copy of rows [B, ...] on the devices: states are donated, and a batch may be started twice."""
+        return jnp.array(value) if self.layout is None else self.layout.put(value, sharding.rows_first(value))
 
     def empty_caches(self, B: int, program: Program, capacity: int) -> Caches:
         M = -(-capacity // self.page_size)
-        create = partial(KVCache.create, num_pages=B * M, page_size=self.page_size, dtype=self.kv_cache_dtype)
+        cache = partial(KVCache.create, num_pages=B * M, page_size=self.page_size, dtype=self.kv_cache_dtype)
         head = self.head_config if program.drafts else None
-        return Caches(
-            create(self.target_config),
-            None if head is None else create(head),
-            None if head is None else jnp.zeros((B, head.feature_width), self.dtype),
-            jnp.arange(B * M, dtype=jnp.int32).reshape(B, M),
-        )
+
+        def create() -> Caches:
+            return Caches(
+                cache(self.target_config),
+                None if head is None else cache(head),
+                None if head is None else jnp.zeros((B, head.feature_width), self.dtype),
+                jnp.arange(B * M, dtype=jnp.int32).reshape(B, M) % (B * M // self.row_shards),  # of the row's own shard
+            )
+
+        if self.layout is None:
+            return create()
+        shardings = jax.tree.map(self.layout.sharding, state_axes(jax.eval_shape(create)), is_leaf=sharding.is_axes)
+        return jax.jit(create, out_shardings=shardings)()
 
     def _fill(self, batch: Batch, program: Program, capacity: int, chunk: int) -> Caches:
         prompt_B = batch.num_prompt_B
@@ -155,9 +184,9 @@ class Decoder:
         for offset in range(0, num_chunks * chunk, chunk):
             args = (
                 caches,
-                jnp.asarray(token_BT[:, offset : offset + chunk + 1]),
-                jnp.int32(offset),
-                jnp.asarray(prompt_B),
+                self.put(token_BT[:, offset : offset + chunk + 1]),
+                self.put(np.int32(offset)),
+                self.put(prompt_B),
             )
             compiled = self._program("prefill", self._prefill, args, attention=program.attention)
             caches = compiled(self.params, *args)
@@ -165,7 +194,7 @@ class Decoder:
 
     def launch(self, state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
         """Up to ``most_rounds`` rounds on the device; returns at once, the state is a promise."""
-        args = (state, jnp.int32(most_rounds))
+        args = (state, self.put(np.int32(most_rounds)))
         return self._program("decode", self.jitted_launch, args, program=program)(self.params, *args)
 
     def _program(self, name: str, jitted, args: tuple, **static) -> jax.stages.Compiled:
@@ -186,15 +215,23 @@ class Decoder:
         return self._compiled[key].executable
 
 
-def _on_modules(function, definitions):
-    """``function(target, head, ...)`` as a function of their parameters, for jit. ``definitions`` are closed over:
-    hashing them as static arguments would cost milliseconds a call."""
+def _on_modules(function, definitions, layout: Layout | None):
+    """``function(target, head, ...)`` as a function of their parameters, for jit, traced for ``layout``.
+    ``definitions`` are closed over: hashing them as static arguments would cost milliseconds a call."""
 
     def run(params, *args, **static):
         modules = (None if d is None else nnx.merge(d, p) for d, p in zip(definitions, params))
-        return function(*modules, *args, **static)
+        with sharding.use(layout):
+            result = function(*modules, *args, **static)
+            return sharding.constrain(result, state_axes(result))  # as it came in: it is donated, and comes in again
 
     return run
+
+
+def state_axes(state):
+    """The logical axes of every array in caches or states: a cache knows its own, all else has rows first."""
+    is_cache = lambda x: isinstance(x, KVCache)  # noqa: E731
+    return jax.tree.map(lambda x: x.axes() if is_cache(x) else sharding.rows_first(x), state, is_leaf=is_cache)
 
 
 def check_pair(target: Llama, head: EagleHead) -> None:

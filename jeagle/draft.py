@@ -15,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jeagle import vocabulary
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.eagle import EagleHead, HeadForward
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, gumbel, warp
+from jeagle.sharding import Across, across, rows_first, split
 from jeagle.tree import Level, Tree, TreePlan, ancestor_mask
 
 __all__ = ["COUPLING", "Candidates", "DraftState", "propose", "select"]
@@ -59,6 +61,7 @@ class Frontier(NamedTuple):
     number_BF: jax.Array  # their candidate numbers, -1 for the root
     seen_BFU: jax.Array  # what of the suffix they, and their children, attend to
     earlier: list[NewKV]  # the suffix: keys and values of the pending rows and of every node run so far
+    position_BU: jax.Array  # and where they are
 
 
 def _children(
@@ -74,21 +77,44 @@ def _children(
     Greedy rows score by log q. Sampled rows add the very noise the target will choose with, so the draft guesses the
     sample, not the mode (Daliri et al., arXiv:2408.07978; taking the top k under one shared noise is ours).
     """
-    score_BFW = jax.nn.log_softmax(logits_BFW, axis=-1)
-    id_W = jnp.arange(logits_BFW.shape[-1], dtype=jnp.int32)
-    if head.draft_to_target is not None:
-        id_W = head.draft_to_target[...]
+    vocab = across(head.vocab_axis)
+
+    def of_shard(logits_BFW, position_B1, rows: RowSampling, id_W) -> tuple[jax.Array, jax.Array]:
+        id_W = vocabulary.ids(logits_BFW, vocab) if id_W is None else id_W
+        score_BFW = _scores(logits_BFW, position_B1, rows, filters, id_W, vocab)
+        score_BFC, id_BFC = vocabulary.top_k(score_BFW, branch, id_W, vocab)
+        return id_BFC, score_BFC
+
+    id_W = None if head.draft_to_target is None else head.draft_to_target[...]
+    nodes = ("rows", None, None)
+    inputs = (
+        ("rows", None, head.vocab_axis),
+        ("rows", None),
+        jax.tree.map(rows_first, rows),
+        None if id_W is None else (head.vocab_axis,),
+    )
+    return split(of_shard, inputs, (nodes, nodes))(logits_BFW, position_B1, rows, id_W)
+
+
+def _scores(
+    logits_BFW: jax.Array,
+    position_B1: jax.Array,
+    rows: RowSampling,
+    filters: Filters,
+    id_W: jax.Array,
+    vocab: Across,
+) -> jax.Array:
+    """Of every child of each node, in one shard's part of the draft vocabulary."""
+    score_BFW = vocabulary.log_softmax(logits_BFW, vocab)
     if filters.sample:
-        warped_BFW = warp(logits_BFW, rows, filters)
+        warped_BFW = warp(logits_BFW, rows, filters, vocab)
         outside = warped_BFW == -jnp.inf
         temperature_B11 = rows.temperature_B[:, None, None]
         safe_BFW = jnp.where(outside, logits_BFW + OUTSIDE, warped_BFW)
-        noisy_BFW = jax.nn.log_softmax(safe_BFW, axis=-1) + gumbel(rows.seed_B2, position_B1, id_W)
-        coupled_BFW = jax.nn.log_softmax(noisy_BFW / COUPLING, axis=-1)
+        noisy_BFW = vocabulary.log_softmax(safe_BFW, vocab) + gumbel(rows.seed_B2, position_B1, id_W)
+        coupled_BFW = vocabulary.log_softmax(noisy_BFW / COUPLING, vocab)
         score_BFW = jnp.where(temperature_B11 == 0, score_BFW, coupled_BFW)
-    score_BFW = jnp.where(jnp.isnan(score_BFW), -jnp.inf, score_BFW)
-    score_BFC, child_BFC = jax.lax.top_k(score_BFW, branch)
-    return id_W[child_BFC], score_BFC
+    return jnp.where(jnp.isnan(score_BFW), -jnp.inf, score_BFW)
 
 
 def _extend(run: Callable[..., HeadForward], head: EagleHead, draft: DraftState, committed: Prefix) -> Frontier:
@@ -103,7 +129,8 @@ def _extend(run: Callable[..., HeadForward], head: EagleHead, draft: DraftState,
     # Nothing pending (the first round after a prompt of one token): nothing to predict from.
     score_B1 = jnp.where(draft.count_B == 0, -jnp.inf, 0.0)[:, None]
     seen_B1P = (index_P < draft.count_B[:, None])[:, None, :]
-    return Frontier(feature_B1D, hidden_B1D, score_B1, jnp.full((B, 1), -1, jnp.int32), seen_B1P, step.new_kv)
+    root_B1 = jnp.full((B, 1), -1, jnp.int32)
+    return Frontier(feature_B1D, hidden_B1D, score_B1, root_B1, seen_B1P, step.new_kv, position_BP)
 
 
 def _keep(level: Level, frontier: Frontier, token_BFC: jax.Array, gain_BFC: jax.Array, depth: int) -> Candidates:
@@ -127,7 +154,7 @@ def _grow(
     """Run the head over the best of a level's candidates, which are numbered from ``made`` on."""
     B, n = candidates.token_Bn.shape
     if isinstance(level.frontier, int):
-        score_BF, pick_BF = jax.lax.top_k(candidates.score_Bn, min(level.frontier, n))
+        score_BF, pick_BF = _best(candidates.score_Bn, min(level.frontier, n))
     else:
         pick_BF = jnp.broadcast_to(jnp.array(level.frontier, jnp.int32), (B, len(level.frontier)))
         score_BF = jnp.take_along_axis(candidates.score_Bn, pick_BF, axis=1)
@@ -135,18 +162,27 @@ def _grow(
     slot_BF1 = (jnp.array(level.kept) // level.branch)[pick_BF][:, :, None]  # which frontier node each one hangs from
     own_BFF = jnp.broadcast_to(jnp.eye(F, dtype=bool), (B, F, F))
     seen_BFU = jnp.concatenate([jnp.take_along_axis(frontier.seen_BFU, slot_BF1, axis=1), own_BFF], axis=-1)
+    position_BF = jnp.broadcast_to(position_B[:, None], (B, F))
     step = run(
         jnp.take_along_axis(candidates.token_Bn, pick_BF, axis=1),
         jnp.take_along_axis(frontier.feature_BFD, slot_BF1, axis=1),
-        jnp.broadcast_to(position_B[:, None], (B, F)),
+        position_BF,
         seen_BFU,
         earlier=frontier.earlier,
+        earlier_position_BU=frontier.position_BU,
     )
     earlier = [
         (jnp.concatenate([k, new_k], axis=1), jnp.concatenate([v, new_v], axis=1))
         for (k, v), (new_k, new_v) in zip(frontier.earlier, step.new_kv, strict=True)
     ]
-    return Frontier(step.feature_BTD, step.hidden_BTD, score_BF, made + pick_BF, seen_BFU, earlier)
+    position_BU = jnp.concatenate([frontier.position_BU, position_BF], axis=1)
+    return Frontier(step.feature_BTD, step.hidden_BTD, score_BF, made + pick_BF, seen_BFU, earlier, position_BU)
+
+
+def _best(score_Bn: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k best of every row and their numbers. Split by hand: XLA's partitioner gathers all rows for a top-k."""
+    rows = rows_first(score_Bn)
+    return split(lambda x: tuple(jax.lax.top_k(x, k)), (rows,), (rows, rows))(score_Bn)
 
 
 def select(root_B: jax.Array, candidates: Candidates, *, remaining_B: jax.Array, plan: TreePlan) -> Tree:
@@ -161,7 +197,7 @@ def select(root_B: jax.Array, candidates: Candidates, *, remaining_B: jax.Array,
     N = plan.num_nodes - 1
     B, n = candidates.token_Bn.shape
     if n > N:
-        _, best_BN = jax.lax.top_k(candidates.score_Bn, N)
+        _, best_BN = _best(candidates.score_Bn, N)
         best_BN = jnp.sort(best_BN, axis=1)
     else:
         best_BN = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
@@ -202,7 +238,7 @@ def propose(
 
     Args:
       prefix: the target's committed positions. The head has committed draft.count fewer: those are pending.
-      remaining_B: tokens the request may still emit. A node of depth d yields d + 1, so deeper ones are not valid.
+      remaining_B: tokens that this round may emit. A node of depth d yields d + 1, so deeper ones are not valid.
 
     Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be
     committed.

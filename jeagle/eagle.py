@@ -7,17 +7,19 @@ Position i of the head pairs the target's feature at i with the token at i+1 and
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jeagle import vocabulary
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import EagleConfig
-from jeagle.layers import Block, LayerAttend, Linear, RMSNorm, by_rows, rope_angles
-from jeagle.llama import Llama
+from jeagle.layers import STREAM, Block, LayerAttend, Linear, RMSNorm, lm_head, rope_angles
+from jeagle.llama import Llama, View
+from jeagle.sharding import constrain
 
 __all__ = ["EagleHead", "HeadForward", "TokenMap"]
 
@@ -42,9 +44,15 @@ class EagleHead(nnx.Module):
         def norm(width: int, wanted: bool) -> RMSNorm | None:
             return RMSNorm(width, eps, dtype=dtype) if wanted else None
 
-        self.embed = nnx.Param(normal(rngs.params(), (config.vocab_size, D), dtype)) if config.own_embedding else None
+        self.embed = (
+            nnx.Param(normal(rngs.params(), (config.vocab_size, D), dtype), axes=("draft_vocab", "width"))
+            if config.own_embedding
+            else None
+        )
         fc_width = 2 * D if concat else config.feature_width
-        self.fc = Linear((fc_width,), (D,), bias=config.fc_bias, dtype=dtype, rngs=rngs)
+        self.fc = Linear(
+            (fc_width,), (D,), axes=("draft_features", "width"), bias=config.fc_bias, dtype=dtype, rngs=rngs
+        )
         each, joint = config.tap_norm == "each", config.tap_norm == "joint"
         self.tap_norms = (
             nnx.List([RMSNorm(config.target_width, eps, dtype=dtype) for _ in config.taps]) if each else None
@@ -54,8 +62,8 @@ class EagleHead(nnx.Module):
         self.hidden_norm = norm(D, not concat or config.input_norms)
         self.blocks = nnx.List(
             [
-                Block(
-                    config,
+                self.make_block(
+                    i,
                     input_width=2 * D if i == 0 and not concat else D,
                     attn_norm=i > 0 or (concat and config.first_block_norm),
                     dtype=dtype,
@@ -66,12 +74,32 @@ class EagleHead(nnx.Module):
         )
         self.norm = norm(D, config.final_norm)
         self.lm_head = (
-            nnx.Param(normal(rngs.params(), (D, config.draft_vocab_size), dtype)) if config.own_lm_head else None
+            nnx.Param(normal(rngs.params(), (D, config.draft_vocab_size), dtype), axes=("width", "draft_vocab"))
+            if config.own_lm_head
+            else None
         )
         # Absolute target ids [W] (checkpoints store offsets; the converter adds them up).
         self.draft_to_target = (
-            TokenMap(jnp.arange(config.draft_vocab_size, dtype=jnp.int32)) if config.reduced_vocabulary else None
+            TokenMap(jnp.arange(config.draft_vocab_size, dtype=jnp.int32), axes=("draft_vocab",))
+            if config.reduced_vocabulary
+            else None
         )
+
+    # What a family of heads may do its own way, block by block (llama4.py).
+
+    def make_block(self, index: int, *, input_width: int, attn_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+        return Block(self.config, input_width=input_width, attn_norm=attn_norm, dtype=dtype, rngs=rngs)
+
+    def places(self, position_BT: jax.Array) -> list[Any]:
+        """Per block, what its ``place`` takes."""
+        return [rope_angles(self.config, position_BT)] * self.config.num_layers
+
+    def views(self, full: View, position_BT: jax.Array, key_position_BU: jax.Array) -> list[View]:
+        """Per block, what its queries see of ``full``."""
+        return [full] * self.config.num_layers
+
+    def check_chunk(self, positions: int) -> None:
+        """Raises ValueError where prompts cannot be filled in chunks of so many positions."""
 
     def fuse(self, feature_BTX: jax.Array) -> jax.Array:
         """What the target hands over [B, T, X] to the head's feature [B, T, D]. EAGLE-1 takes it as it is."""
@@ -82,7 +110,7 @@ class EagleHead(nnx.Module):
             feature_BTX = jnp.concatenate([n(t) for n, t in zip(self.tap_norms, taps, strict=True)], axis=-1)
         if self.tap_norm is not None:
             feature_BTX = self.tap_norm(feature_BTX)
-        return self.fc(feature_BTX)
+        return self.fc(constrain(feature_BTX, STREAM))
 
     def __call__(
         self,
@@ -95,6 +123,7 @@ class EagleHead(nnx.Module):
         *,
         target: Llama,
         earlier: list[NewKV] | None = None,
+        earlier_position_BU: jax.Array | None = None,
         attention: str = "auto",
     ) -> HeadForward:
         """Run T positions of the head.
@@ -102,15 +131,21 @@ class EagleHead(nnx.Module):
         Args:
           token_BT: target ids of the tokens *after* each feature. feature_BTD: ``fuse``d or the head's own output.
           suffix_mask: bool [B or 1, T, U+T] over the U positions of ``earlier`` and then the T of this call.
-          earlier: keys and values of uncommitted positions that came before (pending rows, upper tree levels).
+          earlier: keys and values of uncommitted positions that came before (pending rows, upper tree levels), and
+            earlier_position_BU which positions those are.
           target: lends its embedding where the head has none.
         """
 
         def attend_cached(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             if earlier is not None:
                 k, v = (jnp.concatenate(pair, axis=1) for pair in zip(earlier[layer], (k, v), strict=True))
-            return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
+            mask, seen = views[layer]
+            return attend(q, k, v, mask, cache.layer(layer), seen, implementation=attention)
 
+        key_position_BU = position_BT
+        if earlier_position_BU is not None:
+            key_position_BU = jnp.concatenate([earlier_position_BU, position_BT], axis=1)
+        views = self.views(View(suffix_mask, prefix), position_BT, key_position_BU)
         return self.run(token_BT, feature_BTD, position_BT, attend_cached, target=target)
 
     def run(
@@ -125,24 +160,24 @@ class EagleHead(nnx.Module):
         """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
         training."""
         config = self.config
-        embed = target.embed if self.embed is None else self.embed
-        e_BTD = embed[...][token_BT]
+        table, axis = (target.embed, "vocab") if self.embed is None else (self.embed, "draft_vocab")
+        e_BTD = vocabulary.embed(table[...], token_BT, axis)
         attn_input = None
         if config.fusion == "concat":
             f_BTD = feature_BTD
             if self.embed_norm is not None and self.hidden_norm is not None:
                 e_BTD, f_BTD = self.embed_norm(e_BTD), self.hidden_norm(f_BTD)
-            x_BTD = self.fc(jnp.concatenate([e_BTD, f_BTD.astype(e_BTD.dtype)], axis=-1))
+            x_BTD = self.fc(constrain(jnp.concatenate([e_BTD, f_BTD.astype(e_BTD.dtype)], axis=-1), STREAM))
         else:
             assert self.embed_norm is not None and self.hidden_norm is not None
             normed_BTD = self.hidden_norm(feature_BTD)
             x_BTD = normed_BTD if config.norm_before_residual else feature_BTD
             attn_input = jnp.concatenate([self.embed_norm(e_BTD), normed_BTD], axis=-1)
 
-        rope = rope_angles(config, position_BT)
+        places = self.places(position_BT)
         new_kv: list[NewKV] = []
         for i, block in enumerate(self.blocks):
-            x_BTD, kv = block(x_BTD, rope, partial(attend, i), attn_input)
+            x_BTD, kv = block(x_BTD, places[i], partial(attend, i), attn_input)
             attn_input = None
             new_kv.append(kv)
         hidden_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
@@ -152,6 +187,9 @@ class EagleHead(nnx.Module):
         """LM head over [..., D], float32 [..., W] in the draft vocabulary."""
         if self.lm_head is None:
             return target.logits(hidden)
-        weights = self.lm_head[...]
-        product = partial(jnp.einsum, "...D,DW->...W", preferred_element_type=jnp.float32)
-        return by_rows(lambda x: product(x, weights), hidden, weights)
+        return lm_head(hidden, self.lm_head[...], "...D,DW->...W", self.config.draft_vocab_size)
+
+    @property
+    def vocab_axis(self) -> str:
+        """The logical axis of ``logits``' last axis."""
+        return "vocab" if self.lm_head is None else "draft_vocab"

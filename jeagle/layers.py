@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,29 @@ import numpy as np
 from flax import nnx
 
 from jeagle.config import BlockConfig
+from jeagle.sharding import Axes, constrain, rows_split
 
-__all__ = ["Block", "LayerAttend", "Linear", "RMSNorm", "Rope", "by_rows", "rope_frequencies", "rotate"]
+__all__ = [
+    "STREAM",
+    "Block",
+    "LayerAttend",
+    "Linear",
+    "RMSNorm",
+    "Rope",
+    "by_rows",
+    "lm_head",
+    "rope_frequencies",
+    "rotate",
+]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q_BTKGH, k_BTKH, v_BTKH) -> out_BTKGH
 LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # the same for a layer of a model
 Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
 
+
+# Of the residual stream and all that is as wide. Said where it is made: else XLA's partitioner may split it like the
+# weights that read it, and turn each all-reduce into a reduce-scatter and an all-gather, with norms between them.
+STREAM: Axes = ("rows", None, "width")
 
 ROWS_APART = 4  # float32 rows that a CPU multiplies one by one ..
 LARGE = 1 << 16  # .. with weights of at least so many numbers: programs take longer to compile, so it must be worth it
@@ -35,7 +52,7 @@ def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, weights: ja
     row (scripts/bench_decode.py measures it: how much is won depends on the machine's caches).
     """
     rows = x.reshape(-1, x.shape[-1])
-    if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32 or weights.size < LARGE:
+    if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32 or weights.size < LARGE or rows_split():
         return product(x)
 
     def apart(x: jax.Array) -> jax.Array:
@@ -45,11 +62,20 @@ def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, weights: ja
     return jax.lax.platform_dependent(x, cpu=apart, default=product)
 
 
+def lm_head(hidden: jax.Array, weights: jax.Array, subscripts: str, size: int) -> jax.Array:
+    """Logits float32 [..., V] of hidden [..., D]. Ids from ``size`` on are padding that made V divisible: -inf."""
+    product = partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    logits = by_rows(lambda x: product(x, weights), hidden, weights)
+    if logits.shape[-1] == size:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < size, logits, -jnp.inf)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32 and returned in x's dtype."""
 
     def __init__(self, width: int, eps: float, *, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("width",))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,8 +100,8 @@ def rope_frequencies(config: BlockConfig) -> np.ndarray:
         return (frequency / scaling.factor).astype(np.float32)
     wavelength = 2 * math.pi / frequency
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (scaling.original_max_position / wavelength - low) / (high - low)
-    blend = np.clip(blend, 0.0, 1.0)
+    turns = scaling.original_max_position / wavelength  # in a context of the original length
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns >= low).astype(np.float32)
     return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
 
 
@@ -95,13 +121,21 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 
 class Linear(nnx.Module):
     """Contracts the trailing axes of x, shaped ``inputs``, with a kernel [*inputs, *outputs]; adds a bias
-    [*outputs]."""
+    [*outputs]. ``axes`` names the kernel's axes."""
 
     def __init__(
-        self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        axes: Axes,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (*inputs, *outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        kernel = nnx.initializers.normal(0.02)(rngs.params(), (*inputs, *outputs), dtype)
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype), axes=axes[len(inputs) :]) if bias else None
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -129,11 +163,12 @@ class Block(nnx.Module):
         D, K, G, H, F = config.width, config.num_kv_heads, config.queries_per_kv, config.head_dim, config.mlp_width
         attn, mlp = (dict(bias=b, dtype=dtype, rngs=rngs) for b in (config.attention_bias, config.mlp_bias))
         self.attn_norm = RMSNorm(D, config.norm_eps, dtype=dtype) if attn_norm else None
-        self.qkv = Linear((input_width or D,), (K, G + 2, H), **attn)
-        self.out = Linear((K, G, H), (D,), **attn)
+        kv_heads, mlp_axis = config.kv_axis, config.axis_prefix + "mlp"
+        self.qkv = Linear((input_width or D,), (K, G + 2, H), axes=("width", kv_heads, "queries", None), **attn)
+        self.out = Linear((K, G, H), (D,), axes=(kv_heads, "queries", None, "width"), **attn)
         self.mlp_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
-        self.gate_up = Linear((D,), (2, F), **mlp)
-        self.down = Linear((F,), (D,), **mlp)
+        self.gate_up = Linear((D,), (2, F), axes=("width", None, mlp_axis), **mlp)
+        self.down = Linear((F,), (D,), axes=(mlp_axis, "width"), **mlp)
         self.queries_per_kv = G
 
     def __call__(
@@ -147,10 +182,15 @@ class Block(nnx.Module):
             attn_input = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
         qkv_BTKJH = self.qkv(attn_input)
         G = self.queries_per_kv
-        q_BTKGH = rotate(qkv_BTKJH[..., :G, :], rope)
-        k_BTKH = rotate(qkv_BTKJH[..., G, :], rope)
+        q_BTKGH, k_BTKH = self.place(qkv_BTKJH[..., :G, :], qkv_BTKJH[..., G, :], rope)
         v_BTKH = qkv_BTKJH[..., G + 1, :]
-        x_BTD = x_BTD + self.out(attend(q_BTKGH, k_BTKH, v_BTKH))
-        gate_up_BTCF = self.gate_up(self.mlp_norm(x_BTD))
-        x_BTD = x_BTD + self.down(jax.nn.silu(gate_up_BTCF[:, :, 0]) * gate_up_BTCF[:, :, 1])
-        return x_BTD, (k_BTKH, v_BTKH)
+        x_BTD = constrain(x_BTD + self.out(attend(q_BTKGH, k_BTKH, v_BTKH)), STREAM)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), STREAM), (k_BTKH, v_BTKH)
+
+    def place(self, q_BTKGH: jax.Array, k_BTKH: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys that know their positions."""
+        return rotate(q_BTKGH, rope), rotate(k_BTKH, rope)
+
+    def mlp(self, x_BTD: jax.Array) -> jax.Array:
+        gate_up_BTCF = self.gate_up(x_BTD)
+        return self.down(jax.nn.silu(gate_up_BTCF[:, :, 0]) * gate_up_BTCF[:, :, 1])

@@ -7,18 +7,19 @@ without a mask and each other through ``suffix_mask``. It returns the new keys a
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jeagle import vocabulary
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import LlamaConfig
-from jeagle.layers import Block, LayerAttend, RMSNorm, by_rows, rope_angles
+from jeagle.layers import Block, LayerAttend, RMSNorm, lm_head, rope_angles
 
-__all__ = ["Forward", "Llama"]
+__all__ = ["Forward", "Llama", "View"]
 
 
 class Forward(NamedTuple):
@@ -29,18 +30,46 @@ class Forward(NamedTuple):
     new_kv: list[NewKV]  # per layer (k_BTKH, v_BTKH) of the T positions, for cache.commit
 
 
+class View(NamedTuple):
+    """What the queries of one block see."""
+
+    suffix_mask: jax.Array  # bool [B or 1, T, U]
+    prefix: Prefix
+
+
 class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         normal = nnx.initializers.normal(0.02)
-        self.embed = nnx.Param(normal(rngs.params(), (config.vocab_size, config.width), dtype))
-        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        embed_VD = normal(rngs.params(), (config.vocab_size, config.width), dtype)
+        self.embed = nnx.Param(embed_VD, axes=("vocab", "width"))
+        self.blocks = nnx.List([self.make_block(i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.width, config.norm_eps, dtype=dtype)
         self.lm_head = (
             None
             if config.tie_embeddings
-            else nnx.Param(normal(rngs.params(), (config.width, config.vocab_size), dtype))
+            else nnx.Param(normal(rngs.params(), (config.width, config.vocab_size), dtype), axes=("width", "vocab"))
         )
+
+    # What a family of targets may do its own way, block by block (llama4.py).
+
+    def make_block(self, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+        return Block(self.config, dtype=dtype, rngs=rngs)
+
+    def places(self, position_BT: jax.Array) -> list[Any]:
+        """Per block, what its ``place`` takes: made once per forward and shared."""
+        return [rope_angles(self.config, position_BT)] * self.config.num_layers
+
+    def views(self, full: View, position_BT: jax.Array, key_position_BU: jax.Array) -> list[View]:
+        """Per block, what its queries see of ``full``. key_position_BU: the positions of the suffix's keys."""
+        return [full] * self.config.num_layers
+
+    def room_B(self, length_B: jax.Array) -> jax.Array | None:
+        """How many positions from ``length`` on one forward may hold, int32; None where there is no limit."""
+        return None
+
+    def check_chunk(self, positions: int) -> None:
+        """Raises ValueError where prompts cannot be filled in chunks of so many positions."""
 
     def __call__(
         self,
@@ -62,9 +91,11 @@ class Llama(nnx.Module):
           taps: blocks whose *input* residual stream is a feature for the EAGLE head; L taps the last block's output.
           attention: implementation name, see ``jeagle.attention``.
         """
+        views = self.views(View(suffix_mask, prefix), position_BT, position_BT)
 
         def attend_cached(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attend(q, k, v, suffix_mask, cache.layer(layer), prefix, implementation=attention)
+            mask, seen = views[layer]
+            return attend(q, k, v, mask, cache.layer(layer), seen, implementation=attention)
 
         return self.run(token_BT, position_BT, attend_cached, taps=taps)
 
@@ -73,14 +104,14 @@ class Llama(nnx.Module):
     ) -> Forward:
         """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
         training."""
-        x_BTD = self.embed[...][token_BT]
-        rope = rope_angles(self.config, position_BT)
+        x_BTD = vocabulary.embed(self.embed[...], token_BT, "vocab")
+        places = self.places(position_BT)
         tapped: dict[int, jax.Array] = {}
         new_kv: list[NewKV] = []
         for i, block in enumerate(self.blocks):
             if i in taps:
                 tapped[i] = x_BTD
-            x_BTD, kv = block(x_BTD, rope, partial(attend, i))
+            x_BTD, kv = block(x_BTD, places[i], partial(attend, i))
             new_kv.append(kv)
         tapped[len(self.blocks)] = x_BTD
         hidden_BTD = self.norm(x_BTD)
@@ -90,8 +121,5 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM head over [..., D], float32 [..., V]."""
         if self.lm_head is None:
-            weights, subscripts = self.embed[...], "...D,VD->...V"
-        else:
-            weights, subscripts = self.lm_head[...], "...D,DV->...V"
-        product = partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
-        return by_rows(lambda x: product(x, weights), hidden, weights)
+            return lm_head(hidden, self.embed[...], "...D,VD->...V", self.config.vocab_size)
+        return lm_head(hidden, self.lm_head[...], "...D,DV->...V", self.config.vocab_size)

@@ -7,28 +7,31 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from jeagle import attention as attention_registry
 from jeagle.checkpoint import DTYPES, load_eagle, load_llama
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import CompiledProgram, Decoder
+from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
+from jeagle.placement import place
 from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
 from jeagle.results import Finished, collect, request_output, stop_at_strings
 from jeagle.sampling import SamplingParams, resolve_sampler
+from jeagle.sharding import Layout, Rules, fetch, make_mesh
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, TreePlan, parse_tree
 
@@ -58,6 +61,8 @@ class LLM:
       prefill_chunk: prompt positions per forward. page_size: cache positions per page.
       kv_cache_dtype: "auto" (the model's) or "fp8" (float8_e4m3fn with a scale per position and kv head; also called
         "fp8_e4m3"), for the target's cache and the head's.
+      tensor_parallel_size: devices that share every layer. data_parallel_size: groups of them that share the rows.
+      draft_sharding: "tensor" splits the head as it does the target, "replicated" gives it to every device whole.
       attention: implementation, see ``jeagle.attention``. sampler: likewise, see ``jeagle.sampling.choose``.
       cache_dir: where conversions and compiled programs are kept; None takes $JEAGLE_CACHE or ~/.cache/jeagle.
 
@@ -77,6 +82,9 @@ class LLM:
         prefill_chunk: int = 256,
         page_size: int = 64,
         kv_cache_dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        draft_sharding: str = "tensor",
         attention: str = "auto",
         sampler: str = "auto",
         cache_dir: str | Path | None = None,
@@ -86,6 +94,8 @@ class LLM:
             rounds_per_launch=rounds_per_launch,
             prefill_chunk=prefill_chunk,
             page_size=page_size,
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
             **({} if max_model_len is None else {"max_model_len": max_model_len}),
         ).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -95,7 +105,11 @@ class LLM:
         if kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}")
         attention_registry.resolve(attention)
-        resolve_sampler(sampler)
+        if resolve_sampler(sampler) == "pallas" and tensor_parallel_size > 1:
+            raise ValueError("sampler 'pallas' reads whole vocabularies; with tensor_parallel_size > 1 use 'xla'")
+        rules = Rules.choose(draft=draft_sharding)
+        many = data_parallel_size * tensor_parallel_size > 1
+        layout = Layout(make_mesh(data_parallel_size, tensor_parallel_size), rules) if many else None
         plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)
         cache = cache_directory(cache_dir)
         _keep_compiled_programs(cache / "xla")
@@ -103,25 +117,32 @@ class LLM:
         self._checkpoint: Path | None = None
         if not isinstance(model, Llama):
             self._checkpoint = locate(model, cache, kind="llama")
-            model = load_llama(self._checkpoint, dtype=dtype)
+            target = load_llama(self._checkpoint, dtype=dtype, layout=layout)
+        else:
+            target = model if layout is None else place(model, layout)
+        target.check_chunk(prefill_chunk)
+        head = draft if isinstance(draft, EagleHead) else None
         if draft is not None and not isinstance(draft, EagleHead):
             directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(directory, self._checkpoint)
             # In the target's dtype, whatever it is stored in: the two share embeddings and features.
-            draft = load_eagle(directory, dtype=model.embed[...].dtype.name)
-        self.config = model.config
+            head = load_eagle(directory, dtype=target.embed[...].dtype.name, layout=layout)
+        elif head is not None and layout is not None:
+            head = place(head, layout)
+        self.config = target.config
         limit = self.config.max_position
         if max_model_len is not None:
             if max_model_len > limit:
                 raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
             limit = max_model_len
         self.max_model_len = limit
-        self.plan = plan if draft is not None else OFF
+        self.plan = plan if head is not None else OFF
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
         self._chunk = prefill_chunk
         self._attention, self._sampler = attention, sampler
-        self._decoder = Decoder(model, draft, page_size=page_size, kv_cache_dtype=KV_CACHE_DTYPES[kv_cache_dtype])
+        cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
+        self._decoder = Decoder(target, head, page_size=page_size, kv_cache_dtype=cache_dtype, layout=layout)
         self.dtype = self._decoder.dtype
         self._tokenizer: Any = None
 
@@ -176,7 +197,8 @@ class LLM:
         ids = [self._encode(prompt, p, index) for index, (prompt, p) in enumerate(zip(listed, params, strict=True))]
         rows = make_rows(ids, params, self.config.eos_token_ids)
         done: dict[tuple[int, int], Finished] = {}
-        with tqdm(total=len(rows), desc="generate", unit="row", disable=None if use_tqdm else True) as bar:
+        shown = use_tqdm and jax.process_index() == 0
+        with explained(), tqdm(total=len(rows), desc="generate", unit="row", disable=None if shown else True) as bar:
             for group in pack(rows, self._max_batch_size):
                 for finished in self._serve(group, speculative, bar):
                     done[finished.row.request, finished.row.sample] = finished
@@ -229,7 +251,8 @@ class LLM:
         while True:
             state = self._decoder.launch(state, program, 1)
             # Read whole and cut here: slices of device arrays would be compiled, one program per length.
-            output_BO, count_B, finish_B = jax.device_get((state.output_BO, state.num_output_B, state.finish_B))
+            with explained():
+                output_BO, count_B, finish_B = fetch((state.output_BO, state.num_output_B, state.finish_B))
             count, finished = int(count_B[0]), bool(finish_B[0])
             piece = text.push(output_BO[0, sent:count].tolist())
             sent = count
@@ -257,7 +280,9 @@ class LLM:
     def _start(self, rows: list[Row], speculative: bool) -> tuple[DecodeState, Program]:
         """Prefilled state and the decode program of a batch."""
         decoder = self._decoder
-        shapes = bucket(rows, page_size=decoder.page_size, chunk=self._chunk, limit=self.max_model_len)
+        shapes = bucket(
+            rows, page_size=decoder.page_size, chunk=self._chunk, limit=self.max_model_len, shards=decoder.row_shards
+        )
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
         program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
         return decoder.start(batch, program, capacity=shapes.capacity, chunk=shapes.chunk), program
@@ -274,11 +299,9 @@ class LLM:
         finished_before = 0
         while True:
             state = self._decoder.launch(state, program, rounds)
-            finish_B, count_B, rounds_B = (
-                np.array(x) for x in (state.finish_B, state.num_output_B, state.num_rounds_B)
-            )
-            if any(texts):
-                state, finish_B = stop_at_strings(state, texts, finish_B, count_B)
+            finish_B, count_B, rounds_B = fetch((state.finish_B, state.num_output_B, state.num_rounds_B))
+            if any(texts) and stop_at_strings(fetch(state.output_BO), texts, finish_B, count_B):
+                state = dataclasses.replace(state, finish_B=self._decoder.put(finish_B))
             finished = int((finish_B[: len(rows)] > 0).sum())
             bar.update(finished - finished_before)
             finished_before = finished

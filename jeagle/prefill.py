@@ -44,6 +44,9 @@ def prefill_chunk(
     token_BT1: T + 1 ids from ``offset`` on, as the head reads the token after each position. prompt_B: prompt lengths.
     """
     B, T = token_BT1.shape[0], token_BT1.shape[1] - 1
+    for model in (target, head):
+        if model is not None:
+            model.check_chunk(T)
     wanted_B = prompt_B - 1  # the prompt's last token stays out: it is the root of the first round
     prefix = Prefix.full(caches.page_table_BM, jnp.minimum(wanted_B, offset))
     position_BT = jnp.broadcast_to(offset + jnp.arange(T, dtype=jnp.int32), (B, T))

@@ -81,12 +81,13 @@ def pack(rows: list[Row], max_batch_size: int) -> list[list[Row]]:
     return [ordered[i : i + max_batch_size] for i in range(0, len(ordered), max_batch_size)]
 
 
-def bucket(rows: list[Row], *, page_size: int, chunk: int, limit: int) -> Bucket:
-    """Powers of two; the capacity stops at the model's limit, rounded up to whole pages."""
+def bucket(rows: list[Row], *, page_size: int, chunk: int, limit: int, shards: int = 1) -> Bucket:
+    """Powers of two, the batch times ``shards``; the capacity stops at the model's limit, rounded up to whole pages."""
     capacity = max(_power_of_two(max(row.num_positions for row in rows)), SMALLEST_CAPACITY)
     capacity = -(-min(capacity, max(limit, 1)) // page_size) * page_size
     longest = max(len(row.prompt) for row in rows) - 1
-    return Bucket(_power_of_two(len(rows)), capacity, min(SHORT_CHUNK, chunk) if longest <= SHORT_CHUNK else chunk)
+    batch = shards * _power_of_two(-(-len(rows) // shards))
+    return Bucket(batch, capacity, min(SHORT_CHUNK, chunk) if longest <= SHORT_CHUNK else chunk)
 
 
 def make_batch(rows: list[Row], size: int) -> tuple[Batch, Filters, int | None]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from jeagle.decode import FINISH_REASONS, DecodeState, Program
 from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jeagle.requests import Row
+from jeagle.sharding import fetch
 from jeagle.text import Detokenizer, Tokenizer
 
 __all__ = ["Finished", "collect", "request_output", "stop_at_strings"]
@@ -40,10 +39,10 @@ def collect(
     program: Program,
     seconds: tuple[float, float],
 ) -> list[Finished]:
-    output_BO, count_B, finish_B, rounds_B, acceptance_BP = jax.device_get(
+    output_BO, count_B, finish_B, rounds_B, acceptance_BP = fetch(
         (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B, state.acceptance_BP)
     )
-    logprobs = None if state.logprobs is None else jax.device_get(state.logprobs)
+    logprobs = fetch(state.logprobs)
     results = []
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         token_ids = output_BO[i, : count_B[i]].tolist()
@@ -82,10 +81,9 @@ def collect(
 
 
 def stop_at_strings(
-    state: DecodeState, texts: list[Detokenizer | None], finish_B: np.ndarray, count_B: np.ndarray
-) -> tuple[DecodeState, np.ndarray]:
-    """Feed new tokens to the detokenizers and end the rows whose stop string has appeared."""
-    output_BO = np.asarray(state.output_BO)
+    output_BO: np.ndarray, texts: list[Detokenizer | None], finish_B: np.ndarray, count_B: np.ndarray
+) -> bool:
+    """Feed new tokens to the detokenizers; in ``finish_B`` end the rows whose stop string has appeared. Any?"""
     ended = False
     for i, text in enumerate(texts):
         if text is None or text.stop_reason is not None:
@@ -94,9 +92,7 @@ def stop_at_strings(
         if text.stop_reason is not None and finish_B[i] == 0:
             finish_B[i] = FINISH_REASONS.index("stop")
             ended = True
-    if ended:
-        state = dataclasses.replace(state, finish_B=jax.numpy.asarray(finish_B))
-    return state, finish_B
+    return ended
 
 
 def decode_all(tokenizer, token_ids: list[int]) -> str:

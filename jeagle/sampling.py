@@ -12,13 +12,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.extend.random import threefry2x32_p
 
-__all__ = ["SAMPLERS", "Filters", "RowSampling", "SamplingParams", "choose", "gumbel", "resolve_sampler", "warp"]
+from jeagle import vocabulary
+from jeagle.sharding import Across, across, rows_first, split
+
+__all__ = [
+    "SAMPLERS",
+    "Filters",
+    "RowSampling",
+    "SamplingParams",
+    "choose",
+    "gumbel",
+    "logprobs",
+    "resolve_sampler",
+    "warp",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +143,12 @@ class Filters:
 
 
 def seed_keys(seed: int | None, n: int) -> np.ndarray:
-    """Threefry keys, uint32 [n, 2], of n samples of one prompt. None draws a seed from the operating system."""
-    return np.random.SeedSequence(seed).generate_state(2 * n, np.uint32).reshape(n, 2)
+    """Threefry keys, uint32 [n, 2], of n samples of one prompt. None draws a seed from the operating system: that of
+    process 0, where there are several."""
+    keys = np.random.SeedSequence(seed).generate_state(2 * n, np.uint32).reshape(n, 2)
+    if seed is None and jax.process_count() > 1:
+        keys = np.asarray(multihost_utils.broadcast_one_to_all(keys))
+    return keys
 
 
 def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.Array:
@@ -150,41 +169,52 @@ def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.
     return -jnp.log(-jnp.log1p(-u))
 
 
-def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
+def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array, vocab: Across) -> jax.Array:
     """Mask of the elements >= t, t the largest threshold under which the kept weight is at least ``enough``.
 
     x, weight: [..., V]; enough: [..., 1]; all are kept when all weigh less. Ties with t are kept, so the result does
     not depend on the order of tokens. Bisection over the float's ordered bit pattern: 32 passes of compare-and-sum, no
-    sort (a sort of 49,152 logits takes a CPU 25 times as long), and exact.
+    sort (a sort of 49,152 logits takes a CPU 25 times as long), and exact. Over a split vocabulary every pass waits for
+    the other shards, so 8 passes decide four bits each.
     """
+    digit = 1 if vocab.whole else 4
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 equals 0.0
     ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
     key = jax.lax.bitcast_convert_type(ordered, jnp.uint32)
 
     def refine(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        kept = jnp.sum(jnp.where(key >= trial, weight, 0), axis=-1, keepdims=True)
-        return jnp.where(kept >= enough, trial, threshold)
+        place = (32 - digit * (i + 1)).astype(jnp.uint32)
+        trials = [threshold | (jnp.uint32(value) << place) for value in range(1, 1 << digit)]
+        kept = [jnp.sum(jnp.where(key >= trial, weight, 0), axis=-1, keepdims=True) for trial in trials]
+        # The larger the value the less is kept: how many values keep enough is the largest that does.
+        best = jnp.sum(vocab.sum(jnp.concatenate(kept, axis=-1)) >= enough, axis=-1, keepdims=True)
+        return threshold | (best.astype(jnp.uint32) << place)
 
-    threshold = jax.lax.fori_loop(0, 32, refine, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))
+    threshold = jax.lax.fori_loop(0, 32 // digit, refine, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))
     return key >= threshold
 
 
-def _weights(x: jax.Array) -> jax.Array:
+def _weights(x: jax.Array, vocab: Across) -> jax.Array:
     """Softmax over the last axis in whole numbers, int32, that add up to nearly 2**31.
 
     Sums of whole numbers are exact, so what top-p keeps depends on no order of summation, and a kernel or a shard of
     the vocabulary finds the same tokens. The scale must not depend on one either: its sum is one of whole numbers in
     units of 2**-26, in two limbs of 13 bits (V below 2**18). It may fall short by V units: hence 127/128 of 2**31.
     """
-    e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    e = jnp.exp(x - vocab.max(jnp.max(x, axis=-1, keepdims=True)))
     units = (e * 2.0**26).astype(jnp.int32)
-    high, low = (jnp.sum(limb, axis=-1, keepdims=True) for limb in (units >> 13, units & 8191))
+    high, low = (vocab.sum(jnp.sum(limb, axis=-1, keepdims=True)) for limb in (units >> 13, units & 8191))
     return (e * (127 * 2.0**50 / (high * 2.0**13 + low))).astype(jnp.int32)
 
 
-def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
-    """Temperature, then top-k, top-p, min-p: HF's order. Dropped tokens become -inf. Greedy rows pass unchanged."""
+WHOLE = Across(None)
+
+
+def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters, vocab: Across = WHOLE) -> jax.Array:
+    """Temperature, then top-k, top-p, min-p: HF's order. Dropped tokens become -inf. Greedy rows pass unchanged.
+
+    logits_BTV: all of a vocabulary, or the part of it that ``vocab`` says this shard has.
+    """
     if not filters.sample:
         return logits_BTV
     columns = {f.name: getattr(rows, f.name)[:, None, None] for f in dataclasses.fields(rows) if f.name != "seed_B2"}
@@ -193,33 +223,40 @@ def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters) -> jax.Arra
     x = logits_BTV * (1 / jnp.where(greedy, 1.0, temperature))  # as XLA would: one division a row
     if filters.top_k:
         ones = jnp.ones_like(x, dtype=jnp.int32)
-        keep = _keep_largest(x, ones, top_k) | (top_k == 0)
+        keep = _keep_largest(x, ones, top_k, vocab) | (top_k == 0)
         x = jnp.where(keep, x, -jnp.inf)
     if filters.top_p:
-        weight = _weights(x)
-        total = jnp.sum(weight, axis=-1, keepdims=True)
+        weight = _weights(x, vocab)
+        total = vocab.sum(jnp.sum(weight, axis=-1, keepdims=True))
         spare = ((1 - top_p) * total).astype(jnp.int32)
-        keep = _keep_largest(x, weight, jnp.maximum(total - spare, 1)) | (top_p >= 1)
+        keep = _keep_largest(x, weight, jnp.maximum(total - spare, 1), vocab) | (top_p >= 1)
         x = jnp.where(keep, x, -jnp.inf)
     if filters.min_p:
         # p >= min_p * p_max is x >= x_max + log(min_p): no normalisation needed.
-        keep = (x >= jnp.max(x, axis=-1, keepdims=True) + jnp.log(min_p)) | (min_p == 0)
+        best = vocab.max(jnp.max(x, axis=-1, keepdims=True))
+        keep = (x >= best + jnp.log(min_p)) | (min_p == 0)
         x = jnp.where(keep, x, -jnp.inf)
     return jnp.where(greedy, logits_BTV, x)
 
 
-def _choose_xla(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
-    x = warp(logits_BTV, rows, filters)
+def _choose_xla(
+    logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters, vocab: Across
+) -> jax.Array:
+    x = warp(logits_BTV, rows, filters, vocab)
     if filters.sample:
-        noise = gumbel(rows.seed_B2, position_BT, jnp.arange(x.shape[-1]))
+        noise = gumbel(rows.seed_B2, position_BT, vocabulary.ids(x, vocab))
         # The barrier keeps XLA:CPU from fusing the noise into the argmax, where it takes three times as long.
         x = jax.lax.optimization_barrier(x + jnp.where(rows.temperature_B[:, None, None] == 0, 0.0, noise))
-    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    return vocabulary.argmax(x, vocab)
 
 
-def _choose_pallas(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters) -> jax.Array:
+def _choose_pallas(
+    logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampling, filters: Filters, vocab: Across
+) -> jax.Array:
     from pallas_kernels import choose_pallas  # at its first call: the lowering may leave JAX
 
+    if not vocab.whole:
+        raise NotImplementedError("sampler 'pallas' reads the whole vocabulary; over a split one use sampler='xla'")
     B, T, V = logits_BTV.shape
     columns = (rows.seed_B2, rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B)
     each = (jnp.repeat(x, T, axis=0) for x in columns)  # the kernel knows rows, each with parameters of its own
@@ -227,7 +264,7 @@ def _choose_pallas(logits_BTV: jax.Array, position_BT: jax.Array, rows: RowSampl
     return token_R.reshape(B, T)
 
 
-SAMPLERS: dict[str, Callable[[jax.Array, jax.Array, RowSampling, Filters], jax.Array]] = {
+SAMPLERS: dict[str, Callable[..., jax.Array]] = {
     "xla": _choose_xla,
     "pallas": _choose_pallas,
 }
@@ -248,6 +285,21 @@ def choose(
     """The target's token at each of ``position_BT`` (the positions being filled), int32 [B, T].
 
     sampler: "xla", "pallas" (one launch for everything; pallas_kernels/choose_pallas.py) or "auto". Both choose the
-    same token.
+    same token. Of a split vocabulary each device warps its own logits and makes their noise; the winners travel.
     """
-    return SAMPLERS[resolve_sampler(sampler)](logits_BTV, position_BT, rows, filters)
+    chosen = partial(SAMPLERS[resolve_sampler(sampler)], filters=filters, vocab=across("vocab"))
+    inputs = (("rows", None, "vocab"), ("rows", None), jax.tree.map(rows_first, rows))
+    return split(chosen, inputs, ("rows", None))(logits_BTV, position_BT, rows)
+
+
+def logprobs(logits_BTV: jax.Array, chosen_BT: jax.Array, num_best: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities, float32, of the chosen tokens [B, T] and of the n best [B, T, n]; and the n best's ids."""
+    vocab = across("vocab")
+
+    def of_shard(logits_BTV: jax.Array, chosen_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        all_BTV = vocabulary.log_softmax(logits_BTV, vocab)
+        best = vocabulary.top_k(all_BTV, num_best, vocabulary.ids(all_BTV, vocab), vocab)
+        return vocabulary.lookup(all_BTV, chosen_BT, vocab), *best
+
+    rows = ("rows", None)
+    return split(of_shard, ((*rows, "vocab"), rows), (rows, (*rows, None), (*rows, None)))(logits_BTV, chosen_BT)

@@ -2,7 +2,7 @@
 
     python scripts/bench_decode.py                                  SmolLM2-135M's shape, random weights, float32
     python scripts/bench_decode.py --model models/smollm2-135m      the real model; also times LLM.generate
-    python scripts/bench_decode.py --shape llama3_1b --dtype bfloat16
+    python scripts/bench_decode.py --shape llama-3.2-1b --dtype bfloat16
 
 Times one target forward inside the compiled loop for T = 1 (a plain step) and T = 2..32 (verifying a tree of T nodes),
 one step of the EAGLE head, and the share of ``LLM.generate``'s time that is spent outside the device loop. Every time
@@ -25,7 +25,7 @@ import numpy as np
 from common import environment, write_result
 from flax import nnx
 
-from jeagle import LLM, EagleConfig, LlamaConfig, SamplingParams
+from jeagle import LLM, EagleConfig, SamplingParams
 from jeagle.cache import after, commit
 from jeagle.checkpoint import load_llama
 from jeagle.decode import DecodeState, Program
@@ -33,6 +33,7 @@ from jeagle.decoder import Batch, Decoder
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, choose, seed_keys
+from jeagle.sizes import size
 from jeagle.tree import OFF, StaticTree, Tree, ancestor_mask
 from jeagle.verify import accept
 
@@ -169,7 +170,7 @@ def make_batch(rows: int, prompt: list[int], max_tokens: int) -> Batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="a converted checkpoint; without one, --shape with random weights")
-    parser.add_argument("--shape", default="smollm2_135m", choices=["smollm2_135m", "llama3_1b", "llama3_8b"])
+    parser.add_argument("--shape", default="smollm2-135m", choices=["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; the prefix is 100 long")
@@ -183,7 +184,7 @@ def main() -> None:
     if args.model:
         target = load_llama(args.model, dtype=args.dtype)
     else:
-        target = Llama(getattr(LlamaConfig, args.shape)(), dtype=dtype, rngs=nnx.Rngs(0))
+        target = Llama(size(args.shape), dtype=dtype, rngs=nnx.Rngs(0))
     head = random_head(target)
     prompt = list(range(10, 111))
     decoder = Decoder(target, head)

@@ -1,7 +1,7 @@
 """What does a training step cost, and how much of its arithmetic is the two models' matrix products?
 
     python scripts/bench_train.py scripts/recipes/smollm2-135m-eagle3.toml
-    python scripts/bench_train.py RECIPE --shape llama3_1b      the recipe's head on another target, random weights
+    python scripts/bench_train.py RECIPE --shape llama-3.2-1b      the recipe's head on another target, random weights
 
 Builds the recipe's step on one device, over random rows without padding, and times it and its three pieces: teach (the
 target over a micro-batch), learn (loss and gradient of the head over one) and update (AdamW). Times are the best of
@@ -45,6 +45,7 @@ from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
 from jeagle.sharding import data_mesh
+from jeagle.sizes import size
 from jeagle.training import unroll
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Rows
@@ -91,7 +92,8 @@ def load_pair(recipe: Recipe, shape: str | None) -> tuple[Llama, EagleHead]:
     """The recipe's target, or one of another shape and random weights, and a head of the recipe's form."""
     cache = cache_directory()
     if shape is not None:
-        target = Llama(getattr(LlamaConfig, shape)(), dtype=jnp.dtype(recipe.run.dtype), rngs=nnx.Rngs(0))
+        chosen = LlamaConfig.tiny() if shape == "tiny" else size(shape)
+        target = Llama(chosen, dtype=jnp.dtype(recipe.run.dtype), rngs=nnx.Rngs(0))
     else:
         directory = locate(recipe.target, cache, kind="llama")
         target = load_llama(directory, dtype=recipe.run.dtype)
@@ -234,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 for a share below the least or an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", help="a TOML file; see scripts/recipes. Its data is not read")
-    parser.add_argument("--shape", choices=["tiny", "smollm2_135m", "llama3_1b", "llama3_8b"])
+    parser.add_argument("--shape", choices=["tiny", "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
     args = parser.parse_args(argv)

@@ -38,12 +38,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from jeagle.attention import IMPLEMENTATIONS
-from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.config import EagleConfig
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
 from jeagle.llama import Llama
+from jeagle.sizes import size
 from jeagle.tree import OFF, DynamicTree, TreePlan
 
 LOOP_FLAGS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
@@ -94,7 +95,7 @@ def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[s
     """The whole compiled loop, as ``LLM.generate`` launches it. name: of LOOPS."""
     plan, fp8 = LOOPS[name]
     capacity *= 2 if fp8 else 1  # as many bytes
-    config = dataclasses.replace(LlamaConfig.llama3_8b(), num_layers=layers)
+    config = dataclasses.replace(size("llama-3.1-8b"), num_layers=layers)
 
     def modules() -> tuple[Llama, EagleHead]:
         head = EagleConfig.for_target(config, "eagle3", draft_vocab_size=32000)

@@ -16,36 +16,16 @@ import stat
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import Mesh, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
-from jeagle.sharding import data_mesh, replicated
+from jeagle.compile_only import CannotCompile, absent_mesh
+from jeagle.sharding import replicated
 
 __all__ = ["CannotCompile", "Compiled", "Kernel", "compile_for_h100", "python_for_h100"]
-
-# A GpuTargetConfigProto, after XLA's own specification of the H100 SXM. Without driver_version XLA makes no command
-# buffers of loops.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  driver_version: "13.0.0" runtime_version: "13.0.0" memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-class CannotCompile(RuntimeError):
-    """This machine lacks what compiling for an H100 needs; one sentence says what."""
 
 
 @dataclass(frozen=True)
@@ -116,27 +96,18 @@ def python_for_h100(
         return subprocess.run([sys.executable, *arguments], env=environment, stdout=log, check=False)
 
 
-@cache
-def _mesh() -> Mesh:
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CannotCompile(f"no CUDA plugin (pip install jax-cuda13-plugin jax-cuda13-pjrt): {reason}") from None
-    return data_mesh(list(topology.devices))
-
-
 def compile_for_h100(jitted: Any, *args: Any, **static: Any) -> Compiled:
     """A jitted function compiled for one H100; args are arrays or anything with shapes and dtypes."""
     directory = Path(os.environ["JEAGLE_H100"])
-    sharding = replicated(_mesh())
+    mesh = absent_mesh("h100", 1, 1)
+    sharding = replicated(mesh)
 
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     log = directory / "ptxas.log"
     before = log.stat().st_size
-    with use_abstract_mesh(_mesh().abstract_mesh):  # the Triton lowerings ask it which GPU they compile for
+    with use_abstract_mesh(mesh.abstract_mesh):  # the Triton lowerings ask it which GPU they compile for
         compiled = jitted.trace(*jax.tree.map(abstract, args), **static).lower().compile()
     schedule = max((directory / "dump").glob("*thunk_sequence.txt"), key=lambda p: p.stat().st_mtime_ns)
     changed = schedule.with_name(schedule.stem + "_after_thunk_passes.txt")  # only where command buffers were made

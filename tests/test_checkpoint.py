@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -72,17 +71,6 @@ def test_floats_are_cast_on_load_and_integers_are_not(head, tmp_path):
     assert restored.draft_to_target[...].dtype == jnp.int32
     np.testing.assert_array_equal(restored.draft_to_target[...], np.arange(50) + 17)
     np.testing.assert_array_equal(restored.lm_head[...], head.lm_head[...].astype(jnp.bfloat16))
-
-
-def test_restores_straight_into_shardings(llama, tmp_path):
-    mesh = jax.make_mesh((min(2, jax.device_count()),), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    path = save(llama, tmp_path / "c")
-    restored = load_llama(path, shardings={"blocks.0.qkv.kernel": split})
-    assert restored.blocks[0].qkv.kernel[...].sharding == split
-    np.testing.assert_array_equal(restored.blocks[0].qkv.kernel[...], llama.blocks[0].qkv.kernel[...])
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    assert load_llama(path, shardings=everywhere).embed[...].sharding == everywhere
 
 
 def test_large_tensors_go_in_pieces(tmp_path, monkeypatch):

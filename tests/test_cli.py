@@ -34,7 +34,7 @@ def environment(tmp_path) -> dict[str, str]:
 
 def test_help():
     done = subprocess.run([*COMMAND, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(word in done.stdout for word in ("generate", "chat", "demo")) and not done.stderr
+    assert all(word in done.stdout for word in ("generate", "chat", "demo", "plan")) and not done.stderr
 
 
 def test_generate(checkpoint, capsys, monkeypatch):

@@ -106,3 +106,26 @@ def test_schedules_are_read(h100):
     assert kernels[1] == h100.Kernel("tree_attention", (8, 1, 32), 128, 9, True, True)
     inside = "000: kCommandBuffer [source | sink]\n" + "".join(f"    {line}\n" for line in SCHEDULE.splitlines())
     assert h100._read_schedule(inside)[1]
+
+
+@pytest.fixture(scope="module")
+def mesh_programs() -> list[dict]:
+    """Four layers of each model on eight GPUs (scripts/compile_mesh.py)."""
+    if not Path(PLUGIN or ".none", "jax_plugins").exists():
+        pytest.skip("compiling for GPUs takes jax-cuda13-plugin: make test-h100-compile fetches it")
+    run = subprocess.run(
+        [sys.executable, str(SCRIPTS / "compile_mesh.py"), "--plugin", PLUGIN], capture_output=True, text=True
+    )
+    if run.returncode == 2:
+        pytest.skip(run.stderr[-300:])
+    assert run.returncode in (0, 1), run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])["programs"]
+
+
+def test_eight_gpus_hold_what_the_plan_says_and_gather_nothing_large(mesh_programs):
+    assert [(row["model"], row["tree"]) for row in mesh_programs] == [
+        (model, tree) for model in ("llama-3.3-70b", "llama-4-maverick") for tree in ("plain", "chain-3")
+    ]
+    for row in mesh_programs:
+        assert not row["faults"], row
+        assert sum(c["count"] for c in row["collectives"]) >= 2 * row["layers"], row  # they were seen

@@ -25,17 +25,18 @@ from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead, TokenMap
 from jeagle.llama import Llama
+from jeagle.sizes import size
 from jeagle.tree import OFF, StaticTree, Tree, TreePlan, ancestor_mask
 from jeagle.verify import accept
 
-SHAPES = {"8B": "llama3_8b", "1B": "llama3_1b"}
+SHAPES = {"8B": "llama-3.1-8b", "1B": "llama-3.2-1b"}
 CONTEXTS, NODES = (1024, 8192), (1, 32, 8, 64)
 ROOM = 256  # cache positions beyond the longest context
 NEVER = 1 << 30  # max_tokens of a row that is to go on
 
 
 def config_of(shape: str) -> LlamaConfig:
-    return LlamaConfig.tiny(head_dim=16, num_layers=1) if shape == "tiny" else getattr(LlamaConfig, SHAPES[shape])()
+    return LlamaConfig.tiny(head_dim=16, num_layers=1) if shape == "tiny" else size(SHAPES[shape])
 
 
 def with_random_weights[M: nnx.Module](kind: Callable[..., M], config: BlockConfig) -> M:

@@ -1,0 +1,109 @@
+"""Two processes of four devices each, on one machine: the tokens of one process, and an end when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import tiny_llama
+from reciter import make_head
+
+from jeagle import LLM, SamplingParams, distributed
+from jeagle.checkpoint_writer import save
+from jeagle.config import EagleConfig
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [3]]
+PARAMS = [dict(max_tokens=20), dict(max_tokens=20, temperature=0.8, seed=3), dict(max_tokens=9, temperature=1.0)]
+OPTIONS = dict(tree="chain-2", page_size=8)
+
+WORKER = """
+import json, os, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from jeagle import LLM, SamplingParams, distributed
+process, port, target, head = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+distributed.connect(f"127.0.0.1:{port}", 2, process, heartbeat_seconds=10)
+import tensorstore as ts
+def bytes_read():
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
+llm = LLM(target, head, %(options)s, tensor_parallel_size=4, data_parallel_size=2)
+def ids():
+    outputs = llm.generate(%(prompts)s, [SamplingParams(**p) for p in %(params)s], use_tqdm=False)
+    return [out.outputs[0].token_ids for out in outputs]
+print(json.dumps(ids()), flush=True)
+if sys.argv[5] == "die":
+    if process == 1:
+        os._exit(3)
+    while True:
+        ids()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> tuple[str, str]:
+    directory = tmp_path_factory.mktemp("pair")
+    target = tiny_llama(num_heads=8, num_kv_heads=4, num_layers=1)
+    head = make_head(EagleConfig.for_target(target.config, "eagle3", taps=(0, 1)))
+    return str(save(target, directory / "target")), str(save(head, directory / "head"))
+
+
+def start(process: int, port: int, checkpoints: tuple[str, str], how: str) -> subprocess.Popen:
+    code = WORKER % dict(options=", ".join(f"{k}={v!r}" for k, v in OPTIONS.items()), prompts=PROMPTS, params=PARAMS)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(process), str(port), *checkpoints, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_then_one(checkpoints):
+    """The same tokens as one device, on both; when one dies, the other says so and ends within a minute."""
+    port = free_port()
+    with start(0, port, checkpoints, "die") as one, start(1, port, checkpoints, "die") as two:
+        try:
+            other, _ = two.communicate(timeout=300)
+            died = time.monotonic()
+            survivor, said = one.communicate(timeout=90)
+        finally:
+            one.kill()
+            two.kill()
+    lasted = time.monotonic() - died
+    alone = LLM(*checkpoints, **OPTIONS).generate(PROMPTS, [SamplingParams(**p) for p in PARAMS], use_tqdm=False)
+    first, second = (
+        json.loads(next(line for line in text.splitlines() if line.startswith("[[")))  # Gloo prints too
+        for text in (survivor, other)
+    )
+    assert first == second  # and so the seed that no one gave is one
+    assert first[:2] == [out.outputs[0].token_ids for out in alone][:2]
+    assert one.returncode != 0 and lasted < 60
+    assert "lost another process" in said or "another task died" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(coordinator="host:1"), "give num_processes and process_id too"),
+        (dict(coordinator="host:1", num_processes=2, process_id=2), "process_id must lie in 0..1, got 2"),
+        (dict(coordinator="host", num_processes=2, process_id=0), "must be HOST:PORT"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, said):
+    with pytest.raises(ValueError, match=said):
+        distributed.connect(**settings)
