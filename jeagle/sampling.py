@@ -178,16 +178,17 @@ def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array, vocab: Acr
     the other shards, so 8 passes decide four bits each.
     """
     digit = 1 if vocab.whole else 4
+    value_n1 = jnp.arange(1, 1 << digit, dtype=jnp.uint32)[:, None]
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0.0 equals 0.0
     ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
     key = jax.lax.bitcast_convert_type(ordered, jnp.uint32)
 
     def refine(i: jax.Array, threshold: jax.Array) -> jax.Array:
         place = (32 - digit * (i + 1)).astype(jnp.uint32)
-        trials = [threshold | (jnp.uint32(value) << place) for value in range(1, 1 << digit)]
-        kept = [jnp.sum(jnp.where(key >= trial, weight, 0), axis=-1, keepdims=True) for trial in trials]
+        trial = threshold[..., None] | (value_n1 << place)
+        kept_n = vocab.sum(jnp.sum(jnp.where(key[..., None, :] >= trial, weight[..., None, :], 0), axis=-1))
         # The larger the value the less is kept: how many values keep enough is the largest that does.
-        best = jnp.sum(vocab.sum(jnp.concatenate(kept, axis=-1)) >= enough, axis=-1, keepdims=True)
+        best = jnp.sum(kept_n >= enough, axis=-1, keepdims=True)
         return threshold | (best.astype(jnp.uint32) << place)
 
     threshold = jax.lax.fori_loop(0, 32 // digit, refine, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))

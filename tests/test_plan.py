@@ -195,11 +195,11 @@ def test_floor_with_a_head(model, devices, dtype, tree, tau, verify, ceiling):
 
 
 def test_where_meta_stands():
-    """10x above the weights' floor; 5.9x above it with keys, all-reduces and fc counted."""
+    """10x above the weights' floor; 6.0x above it with keys, all-reduces and fc counted."""
     plan = make_plan(job("llama-4-maverick", 8, "fp8", tau=2.79))
     (meta,) = (m for m in MEASURED if m.who.startswith("Meta"))
     assert meta.seconds_per_token / plan.weight_floor == pytest.approx(10, rel=0.02)
-    assert meta.seconds_per_token / plan.seconds_per_token == pytest.approx(5.9, rel=0.02)
+    assert meta.seconds_per_token / plan.seconds_per_token == pytest.approx(6.0, rel=0.02)
     # 96 all-reduces of 5.9 us are 0.57 ms there; the embedding's and the choice's are two more.
     assert plan.plain.all_reduces == 98 and plan.plain.collectives * 1e3 == within(98 * 5.9e-3)
 

@@ -16,10 +16,11 @@ from helpers import fill_randomly, tiny_llama
 from jeagle import LLM, SamplingParams, sharding
 from jeagle.checkpoint import abstract, load_eagle, load_llama
 from jeagle.checkpoint_writer import save
-from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.config import EagleConfig, Llama4Config, LlamaConfig
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder
 from jeagle.eagle import EagleHead
+from jeagle.llama import Llama
 from jeagle.placement import place, repeat_kv_heads, variables
 from jeagle.sampling import Filters, RowSampling, choose, logprobs, seed_keys
 from jeagle.sharding import Layout, Rules, make_mesh
@@ -36,11 +37,16 @@ PARAMS = [
 ]
 
 
-def pair(num_heads: int = 8, num_kv_heads: int = 8, **head) -> tuple:
-    """A target of an odd vocabulary, and a head of another."""
-    target = tiny_llama(num_heads=num_heads, num_kv_heads=num_kv_heads, vocab_size=97, num_layers=2)
-    config = EagleConfig.for_target(target.config, "eagle3", **dict(draft_vocab_size=61, taps=(0, 1, 2)) | head)
-    return target, fill_randomly(EagleHead(config, rngs=nnx.Rngs(0)), 1)
+def head_for(target: LlamaConfig, **form) -> EagleHead:
+    """A random head of a smaller vocabulary, odd too."""
+    config = EagleConfig.for_target(target, "eagle3", **dict(draft_vocab_size=61, taps=(0, 1)) | form)
+    return fill_randomly(EagleHead(config, rngs=nnx.Rngs(0)), 1)
+
+
+def pair(num_heads: int = 8, num_kv_heads: int = 8) -> tuple[Llama, EagleHead]:
+    """A target of an odd vocabulary, and a head."""
+    target = tiny_llama(num_heads=num_heads, num_kv_heads=num_kv_heads, vocab_size=97, num_layers=1)
+    return target, head_for(target.config)
 
 
 def batch() -> Batch:
@@ -81,11 +87,24 @@ def test_tokens_of_one_device(num_heads, num_kv_heads, data, tensor):
     target, head = pair(num_heads, num_kv_heads)
     layout = Layout(make_mesh(data, tensor))
     alone, _ = decode(target, head, None, OFF)
-    for plan in (OFF, parse_tree("chain-3")):
+    for plan in (OFF, parse_tree("chain-2")):
         state, _ = decode(target, head, layout, plan)
         np.testing.assert_array_equal(state.output_BO, alone.output_BO)
         np.testing.assert_array_equal(state.logprobs.top_id_BOn, alone.logprobs.top_id_BOn)
         np.testing.assert_allclose(state.logprobs.chosen_BO, alone.logprobs.chosen_BO, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", ["mlp", "experts"])
+def test_llama4_over_a_mesh(experts):
+    """Each expert split, and whole experts dealt out; contexts that cross chunks of 16."""
+    config = Llama4Config.tiny(num_heads=4, num_kv_heads=2, num_layers=2, moe_layers=(1,), nope_layers=(1,))
+    target = fill_randomly(abstract(config), 0)
+    head = head_for(config)
+    layout = Layout(make_mesh(2, 4), Rules.choose(experts=experts))
+    alone, _ = decode(target, head, None, OFF)
+    state, compiled = decode(target, head, layout, parse_tree("chain-2"))
+    np.testing.assert_array_equal(state.output_BO, alone.output_BO)
+    assert {name for name, _ in collectives(compiled)} == {"all-reduce", "all-gather"}
 
 
 def test_communication_of_the_loop():
@@ -94,9 +113,8 @@ def test_communication_of_the_loop():
     def decode_shapes(num_layers: int, plan, data: int = 1, **rules) -> list[tuple[str, int]]:
         config = dataclasses.replace(LlamaConfig.tiny(), num_layers=num_layers, num_heads=8, num_kv_heads=8)
         target = fill_randomly(abstract(config), 0)
-        head = EagleHead(EagleConfig.for_target(config, "eagle3", draft_vocab_size=61, taps=(0,)), rngs=nnx.Rngs(0))
         layout = Layout(make_mesh(data, 8 // data), Rules.choose(**rules))
-        return collectives(decode(target, head, layout, plan)[1])
+        return collectives(decode(target, head_for(config, taps=(0,)), layout, plan)[1])
 
     one, two = decode_shapes(1, OFF), decode_shapes(2, OFF)
     assert len(two) - len(one) == 2
