@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -83,17 +84,16 @@ class CheckpointWriter:
             raise ValueError(f"{path} was already written")
         dtype = np.dtype(array.dtype if dtype is None else dtype)
         self._shapes[path] = array.shape
-        length, size = array.shape[split_axis], array.size * dtype.itemsize
-        shards = SHARDS if size >= WORTH_SPLITTING else 1
-        # Chunks of equal size: the last one is stored whole, and padding would be read back on every start.
-        chunks = shards * math.ceil(size / (shards * CHUNK_BYTES))
-        rows = max(1, math.ceil(length / max(1, chunks)))
-        chunk = (*array.shape[:split_axis], rows, *array.shape[split_axis + 1 :])
+        chunk = _chunk_shape(array.shape, dtype.itemsize, split_axis)
         spec = _array_spec(self._directory / "params", path, array.shape, chunk, dtype)
         with _explained(self.destination):
             store = self._open(spec, create=True)
-            for start in range(0, length, rows):
-                index = (*[slice(None)] * split_axis, slice(start, min(start + rows, length)))
+            starts = [range(0, length, step) for length, step in zip(array.shape, chunk, strict=True)]
+            for corner in itertools.product(*starts):
+                index = tuple(
+                    slice(start, min(start + step, length))
+                    for start, step, length in zip(corner, chunk, array.shape, strict=True)
+                )
                 piece = array[index].astype(dtype, copy=False)
                 if self._pending_bytes + piece.nbytes > COMMIT_BYTES and self._pending_bytes:
                     self._commit()
@@ -177,6 +177,20 @@ def save(
             stored = value.dtype if value.dtype.kind == "i" else jnp.dtype(dtype)
             writer.add(dotted(path), value, stored, split_axis=split_axis(axes_of(variable)))
         return writer.finish(config, about, extra_files)
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, split_axis: int) -> tuple[int, ...]:
+    """Cut along ``split_axis`` as SHARDS devices would, then along the first axis until CHUNK_BYTES are enough.
+
+    Chunks of equal size where there are any: the last one is stored whole, and its padding read on every start.
+    """
+    chunk = [max(1, n) for n in shape]
+    if math.prod(chunk) * itemsize >= WORTH_SPLITTING:
+        chunk[split_axis] = math.ceil(chunk[split_axis] / SHARDS)
+    pieces = math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES)
+    equal = (n for n in range(pieces, 2 * pieces) if chunk[0] % n == 0)
+    chunk[0] = math.ceil(chunk[0] / next(equal, pieces))
+    return tuple(chunk)
 
 
 def _array_spec(params: Path, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> dict:

@@ -45,6 +45,7 @@ __all__ = [
 
 Axes = tuple[str | None, ...]  # one logical name, or None, per axis of an array
 MESH_AXES = ("data", "tensor")
+NEVER_SPLIT = ("width", "queries")  # of the residual stream; of a kv head
 
 
 class MeshError(ValueError):
@@ -53,7 +54,7 @@ class MeshError(ValueError):
 
 @dataclass(frozen=True)
 class Rules:
-    """Logical axis -> mesh axis, None for one that every device has whole. "width" and unnamed axes are never split.
+    """Logical axis -> mesh axis, None for one that every device has whole.
 
     A head's axes are named apart from the target's ("draft_..."), so that it can be whole on every device.
     """
@@ -82,14 +83,16 @@ class Rules:
         by_expert = {"experts": "tensor", "expert_mlp": None} if experts == "experts" else {}
         return cls(**head, **by_expert)
 
+    def mesh_axis(self, axis: str | None) -> str | None:
+        return None if axis is None or axis in NEVER_SPLIT else getattr(self, axis)
+
     def spec(self, axes: Axes) -> PartitionSpec:
-        return PartitionSpec(*(getattr(self, axis, None) if axis else None for axis in axes))
+        return PartitionSpec(*map(self.mesh_axis, axes))
 
 
 def split_axis(axes: Axes) -> int:
-    """The axis of an array that some rules split; 0 where none does."""
-    names = {f.name for f in fields(Rules)}
-    return next((i for i, axis in enumerate(axes) if axis in names), 0)
+    """The axis of an array that the usual rules split; 0 where they split none."""
+    return next((i for i, axis in enumerate(axes) if Rules().mesh_axis(axis)), 0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Layout:
 
     def parts(self, axis: str | None) -> int:
         """Into how many parts a logical axis is split."""
-        mesh_axis = getattr(self.rules, axis, None) if axis else None
+        mesh_axis = self.rules.mesh_axis(axis)
         return 1 if mesh_axis is None else self.mesh.shape[mesh_axis]
 
     def put(self, value: Any, axes: Axes) -> jax.Array:
@@ -245,4 +248,4 @@ class Across:
 def across(axis: str) -> Across:
     """The shards of ``axis`` in the program being traced. Asked outside the function given to ``split``."""
     layout = _layout.get()
-    return Across(None if layout is None or layout.parts(axis) == 1 else getattr(layout.rules, axis))
+    return Across(None if layout is None or layout.parts(axis) == 1 else layout.rules.mesh_axis(axis))

@@ -8,7 +8,8 @@
     1  check      every implementation of every operation against float64 and XLA
     2  attention  seconds and share of the measured copy bandwidth; beside cuDNN and PyTorch; splits: of the prefix, how
                   many; choosing: of tokens
-    3  steps      plain, verify and draft steps of 1B and 8B shapes, accept + commit; loop: what the loop costs
+    3  steps      plain, verify and draft steps of 1B and 8B shapes, accept + commit; loop: what the loop costs; shards:
+                  what one of eight devices computes of 70B and Maverick
     4  generate   transformers with a static cache, compiled, and jeagle on the same shapes
     5  smollm2    from end to end, plain and speculative in turns
 
@@ -62,6 +63,7 @@ PARTS = (
     Part(2, "choosing"),
     Part(3, "steps"),
     Part(3, "loop", tuple(COMMAND_BUFFERS)),
+    Part(3, "shards"),
     Part(4, "generate", ("torch", "jax")),
     Part(5, "smollm2"),
 )

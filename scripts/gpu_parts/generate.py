@@ -11,13 +11,12 @@ from convert.export import llama_config
 from gpu_parts.rows import Rows, Settings, Skip
 from gpu_parts.steps import SHAPES, config_of, with_random_weights
 from jeagle import LLM, SamplingParams
-from jeagle.llama import Llama
 
 PROMPT, TOKENS = 100, 256
 
 
 def ours(shape: str, settings: Settings, prompt: list[int], tokens: int) -> dict[str, Any]:
-    llm = LLM(with_random_weights(Llama, config_of(shape)), attention=settings.attention)
+    llm = LLM(with_random_weights(config_of(shape)), attention=settings.attention)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     seconds = []
     for _ in range(4):  # the first compiles

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gpu_parts.rows import Rows, Settings
-from gpu_parts.steps import SHAPES, Subject, contexts
+from gpu_parts.steps import SHAPES, Subject, contexts, subject_of
 from gpu_parts.timing import best_seconds, num_kernels
 from jeagle.decode import DecodeState, round_step
 from jeagle.tree import parse_tree
@@ -59,7 +59,7 @@ def time_loops(subject: Subject, tree: str, rounds: int) -> dict[str, Any]:
 
 def measure(rows: Rows, settings: Settings) -> None:
     shapes = ("tiny",) if settings.tiny else tuple(SHAPES)
-    subjects = {shape: cache(partial(Subject, shape, settings)) for shape in shapes}
+    subjects = {shape: cache(partial(subject_of, shape, settings)) for shape in shapes}
     rounds = 4 if settings.tiny else ROUNDS
     for tree in TREES[:1] if settings.tiny else TREES:
         for shape, subject in subjects.items():

@@ -207,6 +207,18 @@ def target_table(results: dict[str, Part]) -> Table:
     return table
 
 
+def shards_table(part: Part) -> Table:
+    """The last two columns but one were measured by no one: what ``jeagle plan`` says of the collectives left out."""
+    table = new_table("of", "what", "T", "context", "measured ms", "modelled collectives", "sum", "plan's floor")
+    for row in part["rows"]:
+        shape = (row["shape"], row["what"], str(row["T"]), str(row["length"]))
+        spent, moved, floor = (row.get(f) for f in ("seconds", "modelled_collectives_s", "plan_floor_s"))
+        total = None if spent is None else spent + moved
+        figures = (show(x and x * 1e3, "{:.3f}") for x in (moved, total, floor))
+        table.add_row(*shape, row["status"] if spent is None else f"{spent * 1e3:.3f}", *figures)
+    return table
+
+
 TABLES = dict(
     check=check_table,
     attention=attention_table,
@@ -214,6 +226,7 @@ TABLES = dict(
     choosing=choosing_table,
     steps=steps_table,
     loop=loop_table,
+    shards=shards_table,
     generate=generate_table,
     smollm2=smollm2_table,
 )

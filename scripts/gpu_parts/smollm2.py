@@ -15,8 +15,6 @@ from common import chat_in_pairs, load_questions, tokens_per_second
 from gpu_parts.rows import Rows, Settings, Skip
 from gpu_parts.steps import config_of, with_random_weights
 from jeagle import LLM, EagleConfig, RequestOutput, SamplingParams
-from jeagle.eagle import EagleHead
-from jeagle.llama import Llama
 
 HEAD = "smollm2-135m-eagle3"
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts" / "mt_bench.jsonl"
@@ -33,8 +31,8 @@ class _OfIds(LLM):
 def tiny_pair(settings: Settings, dtype: str) -> tuple[LLM, Sequence[Any]]:
     del dtype  # there is nothing to compare
     config = config_of("tiny")
-    target = with_random_weights(Llama, config)
-    head = with_random_weights(EagleHead, EagleConfig.for_target(config, "eagle3"))
+    target = with_random_weights(config)
+    head = with_random_weights(EagleConfig.for_target(config, "eagle3"))
     return _OfIds(target, draft=head, attention=settings.attention), [[5, 6, 7]]
 
 

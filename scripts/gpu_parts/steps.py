@@ -20,11 +20,11 @@ from flax import nnx
 from gpu_parts.rows import Rows, Settings
 from gpu_parts.timing import best_seconds, copy_bandwidth, filled, num_kernels, require_memory
 from jeagle.cache import KVCache, commit
+from jeagle.checkpoint import abstract
 from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Decoder
-from jeagle.eagle import EagleHead, TokenMap
-from jeagle.llama import Llama
+from jeagle.eagle import TokenMap
 from jeagle.sizes import size
 from jeagle.tree import OFF, StaticTree, Tree, TreePlan, ancestor_mask
 from jeagle.verify import accept
@@ -39,9 +39,9 @@ def config_of(shape: str) -> LlamaConfig:
     return LlamaConfig.tiny(head_dim=16, num_layers=1) if shape == "tiny" else size(SHAPES[shape])
 
 
-def with_random_weights[M: nnx.Module](kind: Callable[..., M], config: BlockConfig) -> M:
+def with_random_weights(config: BlockConfig) -> Any:
     """A bf16 model that is never initialised twice over, as float32 and random bits would be."""
-    module = nnx.eval_shape(lambda: kind(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    module = abstract(config, jnp.bfloat16)
     for seed, (_, variable) in enumerate(nnx.iter_graph(module)):
         if isinstance(variable, nnx.Param):
             variable.set_value(filled(variable.shape, jnp.bfloat16, seed, 0.05))
@@ -51,15 +51,12 @@ def with_random_weights[M: nnx.Module](kind: Callable[..., M], config: BlockConf
 
 
 class Subject:
-    """A target of random weights and an EAGLE-3 head for it (draft vocabulary 32,000), ready to decode."""
+    """A target of random weights and a head for it, ready to decode."""
 
-    def __init__(self, shape: str, settings: Settings):
-        config = config_of(shape)
+    def __init__(self, config: LlamaConfig, head_config: EagleConfig, settings: Settings):
         require_memory(2 * config.num_parameters * 5 // 4)
-        draft_vocab = min(32_000, config.vocab_size // 2)
-        head_config = EagleConfig.for_target(config, "eagle3", draft_vocab_size=draft_vocab)
-        target = with_random_weights(Llama, config)
-        self.head = with_random_weights(EagleHead, head_config)
+        target = with_random_weights(config)
+        self.head = with_random_weights(head_config)
         self.config, self.attention, self.contexts = config, settings.attention, contexts(settings)
         self.decoder = Decoder(target, self.head)
         self.definitions = tuple(nnx.graphdef(m) for m in (target, self.head))
@@ -79,6 +76,13 @@ class Subject:
         if draft is not None:
             draft = dataclasses.replace(draft, cache=full(draft.cache), count_B=jnp.ones(1, jnp.int32))
         return dataclasses.replace(state, cache=full(state.cache), draft=draft)
+
+
+def subject_of(shape: str, settings: Settings) -> Subject:
+    """With an EAGLE-3 head (draft vocabulary 32,000)."""
+    config = config_of(shape)
+    draft_vocab = min(32_000, config.vocab_size // 2)
+    return Subject(config, EagleConfig.for_target(config, "eagle3", draft_vocab_size=draft_vocab), settings)
 
 
 def contexts(settings: Settings) -> tuple[int, ...]:
@@ -125,8 +129,10 @@ def accept_steps(new_kv, state: DecodeState, *, num_nodes: int) -> DecodeState:
     return jax.lax.fori_loop(0, STEPS, step, state)
 
 
-def pieces(subject: Callable[[], Subject], tiny: bool) -> Iterator[tuple[dict[str, Any], Callable[[], Timed]]]:
-    """(what, T) and how its program is made; those that targets ask for come first."""
+def pieces(
+    subject: Callable[[], Subject], tiny: bool, verified: int | None = None
+) -> Iterator[tuple[dict[str, Any], Callable[[], Timed]]]:
+    """(what, T) and how its program is made; those that targets ask for come first. verified: first T to verify."""
 
     def verify(num_nodes: int) -> Timed:
         s = subject()
@@ -144,7 +150,7 @@ def pieces(subject: Callable[[], Subject], tiny: bool) -> Iterator[tuple[dict[st
         new_kv = [(filled(shape, jnp.bfloat16, 1), filled(shape, jnp.bfloat16, 2)) for _ in range(s.config.num_layers)]
         return Timed(partial(accept_steps, num_nodes=num_nodes), new_kv, s.state())
 
-    first, second, *others = (1, 4) if tiny else NODES
+    first, second, *others = (1, verified or 4) if tiny else (1, verified or NODES[1], *NODES[2:])
     for T in (first, second):
         yield dict(what="plain step" if T == 1 else "verify step", T=T), partial(verify, T)
     yield dict(what="draft step", T=1), draft
@@ -156,7 +162,7 @@ def pieces(subject: Callable[[], Subject], tiny: bool) -> Iterator[tuple[dict[st
 def measure(rows: Rows, settings: Settings) -> None:
     copied = rows.measure(lambda: copy_bandwidth(tiny=settings.tiny), what="copy bandwidth")
     for shape in ("tiny",) if settings.tiny else SHAPES:
-        subject = cache(partial(Subject, shape, settings))
+        subject = cache(partial(subject_of, shape, settings))
         for key, make in pieces(subject, settings.tiny):
             timed = cache(make)
             for context in contexts(settings):
