@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, use_abstract_mesh
 
@@ -25,6 +26,7 @@ from jeagle.checkpoint import abstract
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder, state_axes
+from jeagle.moe import Experts, resolve
 from jeagle.placement import filled, placements, repeat_kv_heads
 from jeagle.sampling import RowSampling, SamplingParams, seed_keys
 from jeagle.sharding import Layout, Rules, make_mesh
@@ -145,13 +147,17 @@ def compile_loop(
 
 
 def _shapes(config: Any, dtype: Any, layout: Layout) -> Any:
-    """A model laid out, with shapes in place of weights."""
+    """A model laid out, with shapes in place of weights, and with the kernels that GPUs take."""
     stored, module = abstract(config, dtype), abstract(repeat_kv_heads(config, layout), dtype)
     shapes = {
         path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
         for path, p in placements(stored, module, layout).items()
     }
-    return filled(module, shapes)
+    laid_out = filled(module, shapes)
+    for _, part in nnx.iter_graph(laid_out):
+        if isinstance(part, Experts):
+            part.implementation = resolve(part.implementation, "gpu")
+    return laid_out
 
 
 def _bytes(tree: Any) -> int:

@@ -1,10 +1,13 @@
 """Routed experts: each token through the few experts its router chose, and only their weights read.
 
-A token's result depends on no other token of the call: no capacity, nothing dropped. Which experts run is data, so the
-loop below is the one place of the model whose work is not known when it is compiled.
+A token's result depends on no other token of the call: no capacity, nothing dropped. Which experts run is data, so
+this is the one place of the model whose work is not known when it is compiled.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +16,27 @@ from jax import lax
 
 from jeagle.sharding import across, split
 
-__all__ = ["Experts", "route", "run_experts"]
+__all__ = ["IMPLEMENTATIONS", "Experts", "resolve", "route", "run_experts"]
 
 BLOCK = 64  # most rows of one GEMM: enough to be bound by arithmetic, few enough that padding blocks waste little
 
 
 class Experts(nnx.Module):
-    """The router and the routed experts of one block: gated MLPs, all of one width."""
+    """The router and the routed experts of one block: gated MLPs, all of one width.
+
+    implementation: of IMPLEMENTATIONS, or "auto"; may be set later.
+    """
 
     def __init__(
-        self, width: int, mlp_width: int, num_experts: int, per_token: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        mlp_width: int,
+        num_experts: int,
+        per_token: int,
+        *,
+        implementation: str = "auto",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         normal = nnx.initializers.normal(0.02)
         D, F, E = width, mlp_width, num_experts
@@ -32,10 +46,12 @@ class Experts(nnx.Module):
         )
         self.down = nnx.Param(normal(rngs.params(), (E, F, D), dtype), axes=("experts", "expert_mlp", "width"))
         self.per_token = per_token
+        self.implementation = implementation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """The sum of what each token's experts say of it, [B, T, D] in x's dtype."""
         whole_experts, widths = across("experts"), across("expert_mlp")
+        compute = IMPLEMENTATIONS[resolve(self.implementation)]
 
         def of_shard(x_BTD, router, gate_up, down) -> jax.Array:
             x_nD = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -44,7 +60,7 @@ class Experts(nnx.Module):
             # The score scales what an expert reads, not what it says (HF Llama4TextMoe).
             scaled_nkD = x_nD[:, None] * score_nk[..., None].astype(x_nD.dtype)
             expert_m = expert_nk.reshape(n * k) - whole_experts.index() * len(gate_up)
-            y_mD = run_experts(scaled_nkD.reshape(n * k, -1), expert_m, gate_up, down, all_here=whole_experts.whole)
+            y_mD = compute(scaled_nkD.reshape(n * k, -1), expert_m, gate_up, down, all_here=whole_experts.whole)
             y_BTD = y_mD.reshape(n, k, -1).sum(axis=1).reshape(x_BTD.shape)
             return widths.sum(whole_experts.sum(y_BTD))
 
@@ -71,8 +87,8 @@ def run_experts(
 
     Rows are taken in the order of their experts, in blocks of one expert each and at most BLOCK rows. So a few tokens
     read each *chosen* expert once, and a prompt multiplies at most E * BLOCK rows more than it has.
-    ``jax.lax.ragged_dot`` does neither on CPUs: JAX expands it there to a product with all E experts (16 of 25 MB each,
-    on two CPU cores: 4 tokens 26 ms here and 305 ms there, 256 tokens 0.22 s and 0.79 s).
+    ``jax.lax.ragged_dot`` does neither, on CPUs or on GPUs: XLA expands it to a product with all E experts (16 of 25 MB
+    each, on two CPU cores: 4 tokens 26 ms here and 305 ms there, 256 tokens 0.22 s and 0.79 s).
 
     Example: experts [2, 0, 2] and blocks of 3 rows: two blocks, expert 0 with row 1 and expert 2 with rows 0 and 2.
     """
@@ -106,3 +122,27 @@ def gated_mlp(x_rD: jax.Array, gate_up_D2F: jax.Array, down_FD: jax.Array) -> ja
     D, _, F = gate_up_D2F.shape
     gate_up_r2F = (x_rD @ gate_up_D2F.reshape(D, 2 * F)).reshape(-1, 2, F)
     return (jax.nn.silu(gate_up_r2F[:, 0]) * gate_up_r2F[:, 1]) @ down_FD
+
+
+def _kernels(
+    x_mD: jax.Array, expert_m: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array, *, all_here: bool = True
+) -> jax.Array:
+    """``run_experts`` as two launches. Imported at its first call, as a lowering may leave JAX."""
+    grouped_mlp = import_module("pallas_kernels.grouped_mlp_pallas").grouped_mlp
+    return grouped_mlp(x_mD, expert_m, gate_up_ED2F, down_EFD)  # which looks for strangers in any case
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": run_experts, "pallas": _kernels}
+
+
+def resolve(name: str, platform: str | None = None) -> str:
+    """The implementation that serves ``name`` on a platform (JAX's default one if None).
+
+    "auto" is XLA on CPUs and TPUs, and on GPUs the kernels: compiled for an H100, XLA's loop is driven by the host,
+    twelve launches a block, and copies a block's weights before it multiplies by them. No GPU has timed either yet.
+    """
+    if name == "auto":
+        return "pallas" if (platform or jax.default_backend()) == "gpu" else "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"experts implementation {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
+    return name

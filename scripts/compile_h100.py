@@ -1,15 +1,15 @@
 """What would an H100 be given to run? Answered on a machine that has none.
 
     make test-h100-compile                                       fetches the CUDA plugin, then runs this and checks it
-    python scripts/compile_h100.py --layers 32 --capacity 131072 --attention --out FILE.json    Llama 3 8B whole
+    python scripts/compile_h100.py --layers 32 --capacity 131072 --attention --experts --out FILE.json    Llama 3 8B
 
-Compiles every attention kernel at decoding shapes, and the whole decode loop of a model of Llama 3 8B's shape
-(bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, with a dynamic tree of 64 nodes,
-and with that tree over FP8 caches (of 65,536 positions). For each: kernels and their registers, spills and shared
-memory; for the loop also the kernels per layer and round, what is aliased and what is temporary (less than one layer's
-pages: nothing copies pages), and whether the rounds are command buffers (CUDA graphs). XLA makes no command buffer of
-fewer than five commands, and the loop itself is two: with WHILE enabled and that limit left alone, nothing at all
-becomes one; LOOP_FLAGS lowers it.
+Compiles every attention kernel and the experts' kernels at decoding shapes, and the whole decode loop of a model of
+Llama 3 8B's shape (bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, with a
+dynamic tree of 64 nodes, and with that tree over FP8 caches (of 65,536 positions). For each: kernels and their
+registers, spills and shared memory; for the loop also the kernels per layer and round, what is aliased and what is
+temporary (less than one layer's pages: nothing copies pages), and whether the rounds are command buffers (CUDA graphs).
+XLA makes no command buffer of fewer than five commands, and the loop itself is two: with WHILE enabled and that limit
+left alone, nothing at all becomes one; LOOP_FLAGS lowers it.
 
 The last line is one JSON object. Exit code 1 where something spills, copies or falls out of the command buffers.
 """
@@ -38,7 +38,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jeagle.attention import IMPLEMENTATIONS
-from jeagle.config import EagleConfig
+from jeagle.config import EagleConfig, Llama4Config
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead
@@ -46,11 +46,14 @@ from jeagle.fp8 import FP8
 from jeagle.llama import Llama
 from jeagle.sizes import size
 from jeagle.tree import OFF, DynamicTree, TreePlan
+from pallas_kernels.grouped_mlp_pallas import grouped_mlp
 
 LOOP_FLAGS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
 CAPACITY = 32768  # one layer's keys are then 64 MiB: no other buffer of a decode program comes near
 SHARED_MEMORY = 232448  # bytes a block may have on an H100
 KERNELS = sorted(set(IMPLEMENTATIONS) - {"xla"})
+EXPERTS = ["llama-4-scout", "llama-4-maverick"]
+GPUS = 8  # over which each expert is split
 TREE = DynamicTree(depth=5, top_k=8, total=64)
 LOOPS: dict[str, tuple[TreePlan, bool]] = {  # and whether over FP8 caches
     "plain": (OFF, False),
@@ -88,6 +91,26 @@ def attention_kernels(name: str) -> list[dict[str, Any]]:
             rows.append(row | dict(refused=str(error)))
             continue
         rows.append(row | dict(launches=len(compiled.kernels)) | _heaviest(compiled))
+    return rows
+
+
+def expert_kernels(name: str) -> list[dict[str, Any]]:
+    """One layer's routed experts as one of GPUS holds them, at one token, a chain's and a tree's."""
+    config = size(name)
+    assert isinstance(config, Llama4Config)
+    E, D, F = config.num_experts, config.width, config.expert_mlp_width // GPUS
+    rows = []
+    for m in (1, 4, 64):
+        shapes = (m, D), (E, D, 2, F), (E, F, D)
+        x, gate_up, down = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        compiled = compile_for_h100(jax.jit(grouped_mlp), x, jax.ShapeDtypeStruct((m,), jnp.int32), gate_up, down)
+        ours = [k for k in compiled.kernels if k.name.startswith("grouped_mlp")]
+        rows.append(
+            dict(what=f"experts, {name}", m=m, E=E, D=D, F=F, launches=len(ours))
+            | dict(launches_of_blocks=len(compiled.kernels) - len(ours))
+            | dict(programs=[int(np.prod(k.grid)) for k in ours])
+            | _heaviest(compiled, "grouped_mlp")
+        )
     return rows
 
 
@@ -135,10 +158,10 @@ def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[s
     )
 
 
-def _heaviest(compiled: Compiled) -> dict[str, Any]:
-    """Registers of the attention kernels, the largest grid among them; spills and shared memory of all."""
-    ours = [said for name, said in compiled.ptxas.items() if "tree_attention" in name]
-    grids = [k.grid for k in compiled.kernels if "tree_attention" in k.name]
+def _heaviest(compiled: Compiled, kernels: str = "tree_attention") -> dict[str, Any]:
+    """Registers of the kernels so named, the largest grid among them; spills and shared memory of all."""
+    ours = [said for name, said in compiled.ptxas.items() if kernels in name]
+    grids = [k.grid for k in compiled.kernels if kernels in k.name]
     return dict(
         registers=max((said.registers for said in ours), default=0),
         spilled_bytes=max((said.spilled_bytes for said in compiled.ptxas.values()), default=0),
@@ -174,6 +197,7 @@ def main() -> int:
         help="cache positions; activations of all layers must take less than a layer's",
     )
     parser.add_argument("--attention", nargs="*", default=KERNELS, choices=sorted(IMPLEMENTATIONS))
+    parser.add_argument("--experts", nargs="*", default=EXPERTS, choices=EXPERTS)
     parser.add_argument("--loops", nargs="*", default=list(LOOPS), choices=list(LOOPS))
     parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
     parser.add_argument("--out", metavar="FILE.json")
@@ -193,6 +217,7 @@ def main() -> int:
             # The second run asks only what the flags change.
             command += ["--loops", *(args.loops if not flags else args.loops[:1])]
             command += ["--attention", *(args.attention if not flags else [])]
+            command += ["--experts", *(args.experts if not flags else [])]
             try:
                 code = python_for_h100(command, Path(temporary) / "xla", flags, args.plugin).returncode
             except CannotCompile as error:
@@ -214,6 +239,8 @@ def _child(args: argparse.Namespace) -> int:
     try:
         for name in args.attention:
             rows += attention_kernels(name)
+        for name in args.experts:
+            rows += expert_kernels(name)
         rows += [decode_loop(name, "pallas", args.layers, args.capacity) for name in args.loops]
     except CannotCompile as error:
         print(f"error: {error}", file=sys.stderr)
@@ -227,9 +254,11 @@ def _show(rows: list[dict[str, Any]]) -> None:
         "program", "launches", "per layer", "registers", "spilled", "shared", "temp MB", "faults", box=box.SIMPLE
     )
     for row in rows:
-        shape = (
-            f"B={row['B']} T={row['T']} {row['pages']}" if "B" in row else ("graph of the loop" if row["flags"] else "")
-        )
+        shape = "graph of the loop" if row["flags"] else ""
+        if "B" in row:
+            shape = f"B={row['B']} T={row['T']} {row['pages']}"
+        elif "E" in row:
+            shape = f"m={row['m']} E={row['E']} F={row['F']}"
         table.add_row(
             f"{row['what']} {shape}",
             *(str(row.get(key, "")) for key in ("launches", "launches_per_layer", "registers", "spilled_bytes")),

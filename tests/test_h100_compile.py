@@ -1,4 +1,4 @@
-"""Every attention kernel and the whole decode loop, compiled for an H100 without one (scripts/compile_h100.py).
+"""Every kernel and the whole decode loop, compiled for an H100 without one (scripts/compile_h100.py).
 
 ``make test-h100-compile`` fetches the plugin and names its folder in JEAGLE_H100_PLUGIN; elsewhere only the reading of
 XLA's and ptxas' words is tested.
@@ -43,7 +43,7 @@ def programs() -> list[dict]:
 
 
 def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs):
-    kernels = [row for row in programs if "loop" not in row["what"] and "refused" not in row]
+    kernels = [row for row in programs if "B" in row and "refused" not in row]
     assert {(row["B"], row["T"], row["pages"]) for row in kernels} >= {
         (1, 1, "bfloat16"), (1, 64, "bfloat16"), (1, 64, "float8_e4m3fn"), (8, 32, "bfloat16"), (64, 4, "bfloat16")
     }  # fmt: skip
@@ -51,6 +51,15 @@ def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs)
         launches = 2 + (row["what"] == "mosaic")  # which lays the mask out, once for all layers
         assert row["launches"] <= launches and row["spilled_bytes"] == 0 and row["shared_bytes"] <= 232448, row
         assert row["registers"] > 0, row  # ptxas was heard
+
+
+def test_a_layer_of_experts_is_two_launches_beside_its_blocks_and_nothing_spills(programs):
+    rows = [row for row in programs if "E" in row]
+    assert {(row["E"], row["m"]) for row in rows} == {(E, m) for E in (16, 128) for m in (1, 4, 64)}
+    for row in rows:
+        assert row["launches"] == 2 and row["launches_of_blocks"] <= 3 and row["spilled_bytes"] == 0, row
+        assert 0 < row["registers"] <= 128 and row["shared_bytes"] <= 232448 // 2, row  # two programs fit
+        assert min(row["programs"]) >= 128, row  # of 132 multiprocessors
 
 
 def test_batch_one_fills_the_multiprocessors(programs):
