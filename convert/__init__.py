@@ -9,27 +9,30 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from convert import llama, llama4
+from convert.fp8 import FP8, Dequantized
 from convert.source import OpenSource, open_config, open_source
-from convert.table import ConversionError, Description, fill
+from convert.table import ConversionError, Description, Rule, TypedSource, fill
 from jeagle.checkpoint import CheckpointError, abstract, is_checkpoint, load_config
 from jeagle.checkpoint_writer import CheckpointWriter
 from jeagle.config import EagleConfig, LlamaConfig
-from jeagle.placement import axes_of, variables
-from jeagle.sharding import split_axis
+from jeagle.placement import variables
 
 __all__ = ["ConversionError", "convert"]
 
-DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "fp8": "fp8"}
 
 
 def convert(
@@ -46,7 +49,8 @@ def convert(
 
     Args:
       source: an HF directory, a hub name (org/name), or a .gguf file.
-      dtype: float32 (f32), bfloat16 (bf16), or auto: the source's own. float16 becomes float32, which loses nothing.
+      dtype: float32 (f32), bfloat16 (bf16), fp8 (matrices of 8 bits: ``jeagle/weights.py``), or auto: the source's own.
+        float16 becomes float32, which loses nothing.
       kind: what the source is: llama, eagle, or auto, which looks.
       target: for an EAGLE head, its target (converted, HF or GGUF), against which it is checked.
       taps: for an EAGLE head, whether its tap ids name block inputs or outputs, where the source is ambiguous.
@@ -68,7 +72,9 @@ def convert(
         print(*opened.notes, *description.notes, *dtype_note, sep="\n")
 
     elements = sum(prod(shape) for rule in description.rules for shape in rule.source_shapes)
-    itemsize = 4 if stored == "float32" else 2
+    itemsize = {"float32": 4, "bfloat16": 2, "fp8": 1}[stored]
+    weights = variables(abstract(description.config, stored))
+    scales = _keep_scales(opened.tensors, description.rules, weights)
     tensors = fill(description.rules, opened.tensors, ignore=description.ignore)
     with (
         _Hashes(opened.files) as hashes,
@@ -76,16 +82,24 @@ def convert(
         # disable=None: no bar where stderr is not a terminal
         tqdm(total=elements * itemsize, unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        integers = {rule.target for rule in description.rules if rule.integer}
-        weights = variables(abstract(description.config))
         for path, array in tensors:
-            split = split_axis(axes_of(weights[path]))
-            writer.add(path, array, "int32" if path in integers else stored, split_axis=split)
+            writer.add_weight(path, array, weights[path], scales[path]() if path in scales else None)
             bar.update(array.size * itemsize)
             del array  # the next one is made before the loop variable changes
         family = description.config.to_json()["family"]
         about = {"family": family, "dtype": stored, "source": opened.name, "sha256": hashes.result()}
         return writer.finish(description.config, about, opened.carried)
+
+
+def _keep_scales(
+    source: TypedSource, rules: list[Rule], weights: Mapping[str, nnx.Variable]
+) -> dict[str, Callable[[], np.ndarray]]:
+    """By path, how to make the scales of the matrices that are FP8 in the source and stay as they are."""
+    if not isinstance(source, Dequantized):
+        return {}
+    wanted = {path: v.get_metadata()["contracted"] for path, v in weights.items() if v.get_value().dtype == FP8}
+    kept = source.keep(rules, wanted)
+    return {r.target: partial(source.scale, r, wanted[r.target]) for r in rules if r.target in kept}
 
 
 def _describe(

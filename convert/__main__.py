@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="SOURCE", help="a Hugging Face directory, a hub name, or a .gguf file")
     parser.add_argument("destination", metavar="DESTINATION", help="the directory to make; it must not exist")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto: the source's own (default)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, fp8 or auto: the source's own (default)")
     parser.add_argument("--kind", choices=("auto", "llama", "eagle"), default="auto")
     parser.add_argument("--target", metavar="CHECKPOINT", help="check an EAGLE head against its target")
     parser.add_argument("--taps", choices=("input", "output"), help="what an EAGLE-3 head's tap ids name in each block")

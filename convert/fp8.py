@@ -1,17 +1,18 @@
-"""FP8 weights as bfloat16 ones: a ``Source`` around a source, so that no table knows that they were FP8.
+"""FP8 weights as bfloat16 ones, or as they are: a ``Source`` around a source, so that no table knows of scales.
 
 A weight ``X.weight`` of dtype float8_e4m3fn is to be multiplied by ``X.weight_scale``: one number, or one per output
-row (compressed-tensors' float-quantized format, fbgemm_fp8). What activations were scaled by is not used here.
+row (compressed-tensors' float-quantized format, fbgemm_fp8). What activations were scaled by is not used here. A
+checkpoint of ours in FP8 takes numbers and scales over bit by bit, where all that a tensor of ours is made from is FP8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import ml_dtypes
 import numpy as np
 
-from convert.table import ConversionError, TypedSource
+from convert.table import ConversionError, Rule, TypedSource
 
 __all__ = ["FP8", "Dequantized"]
 
@@ -25,6 +26,7 @@ class Dequantized:
 
     def __init__(self, source: TypedSource):
         self._source = source
+        self._kept: frozenset[str] = frozenset()
         names = list(source.names())
         self._scale: dict[str, str] = {}
         for name in (n for n in names if source.dtype(n) == FP8):
@@ -51,16 +53,34 @@ class Dequantized:
         return self._source.shape(name)
 
     def dtype(self, name: str) -> np.dtype:
-        return BFLOAT16 if name in self._scale else self._source.dtype(name)
+        return BFLOAT16 if name in self._scale and name not in self._kept else self._source.dtype(name)
 
     def read(self, name: str) -> np.ndarray:
         weight = self._source.read(name)
-        if name not in self._scale:
+        if name not in self._scale or name in self._kept:
             return weight
-        scale = self._source.read(self._scale[name]).astype(np.float32).reshape(-1, *[1] * (weight.ndim - 1))
+        scale = self._scales(name).reshape(-1, *[1] * (weight.ndim - 1))
         # Row by row: a product of float32 as large as the weight would be four times its size.
         product = np.empty(weight.shape, BFLOAT16)
         for row in range(0, len(weight), 256):
             part = slice(row, row + 256)
             product[part] = weight[part].astype(np.float32) * (scale if len(scale) == 1 else scale[part])
         return product
+
+    def keep(self, rules: Iterable[Rule], wanted: Container[str]) -> set[str]:
+        """From now on FP8 weights are read as they are where a rule's sources all are, and its target is ``wanted`` in
+        FP8. Returns the targets of those rules."""
+        kept = [rule for rule in rules if rule.target in wanted and all(s in self._scale for s in rule.sources)]
+        self._kept = frozenset(name for rule in kept for name in rule.sources)
+        return {rule.target for rule in kept}
+
+    def scale(self, rule: Rule, contracted: tuple[int, ...]) -> np.ndarray:
+        """The scales of what ``rule`` makes, float32, one per output channel: made as it is, of scales as numbers."""
+        scales = []
+        for name, (rows, inputs) in zip(rule.sources, rule.source_shapes, strict=True):
+            scales.append(np.broadcast_to(self._scales(name).reshape(-1, 1), (rows, 1 if rule.narrow else inputs)))
+        made = rule.make(*scales)
+        return np.ascontiguousarray(made[tuple(0 if i in contracted else slice(None) for i in range(made.ndim))])
+
+    def _scales(self, name: str) -> np.ndarray:
+        return self._source.read(self._scale[name]).astype(np.float32).reshape(-1)

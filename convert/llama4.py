@@ -186,7 +186,7 @@ def _expert_rules(
         return
 
     def fuse(*gates_and_ups: np.ndarray) -> np.ndarray:  # E gates and then E ups, each [F, D] -> [E, D, 2, F]
-        fused = np.empty((E, D, 2, F), gates_and_ups[0].dtype)
+        fused = np.empty((E, gates_and_ups[0].shape[1], 2, F), gates_and_ups[0].dtype)
         for place, array in enumerate(gates_and_ups):
             fused[place % E, :, place // E] = array.T
         return fused
@@ -200,6 +200,7 @@ def _expert_rules(
         source_shapes=((F, D),) * (2 * E),
         make=fuse,
         split=lambda x: tuple(x[e, :, c].T for c in range(2) for e in range(E)),
+        narrow=True,
     )
     yield Rule(
         target=f"{target}.down",
@@ -207,6 +208,7 @@ def _expert_rules(
         source_shapes=((D, F),) * E,
         make=lambda *each: np.stack([x.T for x in each]),
         split=lambda x: tuple(one.T for one in x),
+        narrow=True,
     )
 
 

@@ -62,6 +62,7 @@ class Rule:
     make: Callable[..., np.ndarray]
     split: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the inverse of make; views where it can
     integer: bool = False  # integers stay integers (int32); everything else takes the checkpoint's dtype
+    narrow: bool = False  # ``make`` also takes sources [rows, 1]: the scales of FP8 ones
 
 
 @dataclass(frozen=True)
@@ -241,13 +242,13 @@ def unfill(rules: list[Rule], tensors: Mapping[str, np.ndarray]) -> Iterator[tup
             yield name, part
 
 
-_EXPONENT = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+_EXPONENT = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80, "float8_e4m3fn": 0x7F}  # no inf, one NaN
 
 
 def _finite(array: np.ndarray) -> bool:
     """No NaN and no inf: no exponent of ones. On the bits, as numpy's isfinite is slow on 16-bit floats."""
     exponent = _EXPONENT[array.dtype.name]
-    bits = array.reshape(-1).view(np.uint32 if array.itemsize == 4 else np.uint16)
+    bits = array.reshape(-1).view(f"u{array.itemsize}")
     step = 1 << 22  # pieces: no full-size temporary
     pieces = (np.bitwise_and(bits[i : i + step], exponent) for i in range(0, bits.size, step))
     return all(int(piece.max()) < exponent for piece in pieces)

@@ -30,6 +30,7 @@ from jeagle.llama import Llama
 from jeagle.llama4 import Llama4, Llama4EagleHead
 from jeagle.placement import Part, Placement, filled, placements, repeat_kv_heads
 from jeagle.sharding import Layout, MeshError
+from jeagle.weights import dtype_of_name
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "fp8")
 READ_BYTES = 1 << 30  # what may wait in host memory for its device while a checkpoint is loaded
 
 # What config.json calls a kind of model -> its description and its module.
@@ -91,9 +92,9 @@ def load_config(directory: str | Path) -> LlamaConfig | EagleConfig:
 
 
 def abstract(config: BlockConfig, dtype: Any = jnp.float32) -> Any:
-    """The module that ``config`` describes, with shapes in place of weights."""
+    """The module that ``config`` describes, with shapes in place of weights. dtype: "fp8", or of all weights."""
     module = FAMILIES[config.to_json()["family"]][1]
-    return nnx.eval_shape(lambda: module(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: module(config, dtype=dtype_of_name(dtype), rngs=nnx.Rngs(0)))
 
 
 def load_llama(directory: str | Path, dtype: str = "auto", *, layout: Layout | None = None) -> Llama:
@@ -117,6 +118,7 @@ def load(directory: str | Path, dtype: str = "auto", *, layout: Layout | None = 
 
     Args:
       dtype: of the weights in memory: "float32", "bfloat16", or "auto" for what is stored. Integers are never cast.
+        "fp8" takes a checkpoint that was converted so, and such a checkpoint takes no other.
       layout: over which devices; each is given, and reads, its own part. None is the default device.
     """
     eagle = isinstance(load_config(directory), EagleConfig)
@@ -127,8 +129,13 @@ def _restore(directory: Path, config: Any, dtype: str, layout: Layout | None) ->
     """Build the module without weights, read each array into its place, and put the two together."""
     stored_dtype = read_source(directory)["dtype"]
     if dtype not in ("auto", *DTYPES):
-        raise CheckpointError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
+        raise CheckpointError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     dtype = stored_dtype if dtype == "auto" else dtype
+    if (dtype == "fp8") != (stored_dtype == "fp8"):
+        raise CheckpointError(
+            f"{directory} holds {stored_dtype} weights, which are not loaded as {dtype}; convert its source again with "
+            f"--dtype {dtype}"
+        )
     stored = abstract(config, dtype)
     module = stored if layout is None else abstract(repeat_kv_heads(config, layout), dtype)
     try:

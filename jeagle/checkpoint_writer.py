@@ -20,17 +20,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from jeagle.checkpoint import FORMAT_VERSION, CheckpointError, ocdbt
+from jeagle.checkpoint import FORMAT_VERSION, CheckpointError, abstract, ocdbt
 from jeagle.config import BlockConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
-from jeagle.placement import axes_of, dotted
+from jeagle.placement import axes_of, dotted, variables
 from jeagle.sharding import split_axis
+from jeagle.weights import FP8, Fp8, dtype_of, quantize, scale_of
 
 __all__ = ["CheckpointWriter", "save"]
 
@@ -104,6 +104,21 @@ class CheckpointWriter:
             if array.size * dtype.itemsize > COMMIT_BYTES // 2:
                 self._commit()  # a waiting piece would keep the whole array in memory while the next one is made
 
+    def add_weight(self, path: str, array: np.ndarray, variable: nnx.Variable, scale: Any = None) -> None:
+        """Write a weight in the dtype that ``variable``, of an abstract module, has.
+
+        An FP8 matrix is written with its scales: ``scale`` where ``array`` is FP8 already, else both are made here.
+        """
+        wanted, axes = variable.get_value(), axes_of(variable)
+        if wanted.dtype == FP8:
+            contracted = variable.get_metadata()["contracted"]
+            if array.dtype != FP8:
+                array, scale = quantize(array, contracted)
+            if scale is not None:
+                channels = tuple(axis for i, axis in enumerate(axes) if i not in contracted)
+                self.add(scale_of(path), scale, split_axis=split_axis(channels))
+        self.add(path, array, wanted.dtype, split_axis=split_axis(axes))
+
     def finish(
         self, config: BlockConfig, source: Mapping[str, Any], extra_files: Mapping[str, bytes | Path] | None = None
     ) -> Path:
@@ -168,14 +183,18 @@ def save(
     source: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, bytes | Path] | None = None,
 ) -> Path:
-    """A module in memory as a checkpoint: its weights in ``dtype``, its integer tables as they are."""
+    """A module in memory as a checkpoint: its weights in ``dtype``, its integer tables as they are.
+
+    dtype: "float32", "bfloat16" or "fp8". Raises CheckpointError for FP8 weights in another dtype.
+    """
     config = module.config
+    if isinstance(dtype_of(module), Fp8) and dtype != "fp8":
+        raise CheckpointError(f"{destination} is to hold FP8 weights as {dtype}; save them with dtype fp8")
+    described = variables(abstract(config, dtype))
     about = {"family": config.to_json()["family"], "dtype": dtype, **(source or {})}
     with CheckpointWriter(destination) as writer:
         for path, variable in nnx.to_flat_state(nnx.state(module)):
-            value = np.asarray(variable.get_value())
-            stored = value.dtype if value.dtype.kind == "i" else jnp.dtype(dtype)
-            writer.add(dotted(path), value, stored, split_axis=split_axis(axes_of(variable)))
+            writer.add_weight(dotted(path), np.asarray(variable.get_value()), described[dotted(path)])
         return writer.finish(config, about, extra_files)
 
 

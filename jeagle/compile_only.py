@@ -111,10 +111,14 @@ def compile_loop(
     batch: int = 1,
     capacity: int = 8192,
 ) -> Loop:
-    """Compile the loop of a target, perhaps with a head, for ``batch`` rows of ``capacity`` cache positions each."""
+    """Compile the loop of a target, perhaps with a head, for ``batch`` rows of ``capacity`` cache positions each.
+
+    dtype: of the target's weights, "fp8" among them; the head has the dtype the target computes in.
+    """
     began = time.perf_counter()
     layout = Layout(mesh, rules)
-    modules = _shapes(target, dtype, layout), None if head is None else _shapes(head, dtype, layout)
+    model = _shapes(target, dtype, layout)
+    modules = model, None if head is None else _shapes(head, model.compute_dtype, layout)
     decoder = Decoder(*modules, kv_cache_dtype=kv_cache_dtype, layout=layout)
     # The state is shaped as on one device, and then laid out: nothing can be put on devices that are not there.
     alone = Decoder(*modules, kv_cache_dtype=kv_cache_dtype)

@@ -81,7 +81,7 @@ class Decoder:
         self.head_config = None if head is None else head.config
         self.page_size = page_size
         self.layout = layout
-        self.dtype = target.embed.dtype
+        self.dtype = target.compute_dtype
         self.kv_cache_dtype = self.dtype if kv_cache_dtype is None else jnp.dtype(kv_cache_dtype)
         split = [(None, None) if m is None else nnx.split(m) for m in (target, head)]
         definitions = tuple(d for d, _ in split)

@@ -20,6 +20,7 @@ from jeagle.config import EagleConfig
 from jeagle.layers import STREAM, Block, LayerAttend, Linear, RMSNorm, lm_head, rope_angles
 from jeagle.llama import Llama, View
 from jeagle.sharding import constrain
+from jeagle.weights import Matrix, make_matrix
 
 __all__ = ["EagleHead", "HeadForward", "TokenMap"]
 
@@ -35,20 +36,19 @@ class HeadForward(NamedTuple):
 
 
 class EagleHead(nnx.Module):
-    def __init__(self, config: EagleConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: EagleConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         D, eps = config.width, config.norm_eps
         concat = config.fusion == "concat"
-        normal = nnx.initializers.normal(0.02)
+        make = partial(make_matrix, dtype=dtype, rngs=rngs)
 
         def norm(width: int, wanted: bool) -> RMSNorm | None:
             return RMSNorm(width, eps, dtype=dtype) if wanted else None
 
-        self.embed = (
-            nnx.Param(normal(rngs.params(), (config.vocab_size, D), dtype), axes=("draft_vocab", "width"))
-            if config.own_embedding
-            else None
-        )
+        embed: tuple[nnx.Param | None, nnx.Param | None] = (None, None)
+        if config.own_embedding:
+            embed = make((config.vocab_size, D), contracted=(1,), axes=("draft_vocab", "width"))
+        self.embed, self.embed_scale = embed
         fc_width = 2 * D if concat else config.feature_width
         self.fc = Linear(
             (fc_width,), (D,), axes=("draft_features", "width"), bias=config.fc_bias, dtype=dtype, rngs=rngs
@@ -73,11 +73,10 @@ class EagleHead(nnx.Module):
             ]
         )
         self.norm = norm(D, config.final_norm)
-        self.lm_head = (
-            nnx.Param(normal(rngs.params(), (D, config.draft_vocab_size), dtype), axes=("width", "draft_vocab"))
-            if config.own_lm_head
-            else None
-        )
+        lm_head: tuple[nnx.Param | None, nnx.Param | None] = (None, None)
+        if config.own_lm_head:
+            lm_head = make((D, config.draft_vocab_size), contracted=(0,), axes=("width", "draft_vocab"))
+        self.lm_head, self.lm_head_scale = lm_head
         # Absolute target ids [W] (checkpoints store offsets; the converter adds them up).
         self.draft_to_target = (
             TokenMap(jnp.arange(config.draft_vocab_size, dtype=jnp.int32), axes=("draft_vocab",))
@@ -87,7 +86,7 @@ class EagleHead(nnx.Module):
 
     # What a family of heads may do its own way, block by block (llama4.py).
 
-    def make_block(self, index: int, *, input_width: int, attn_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+    def make_block(self, index: int, *, input_width: int, attn_norm: bool, dtype: Any, rngs: nnx.Rngs) -> Block:
         return Block(self.config, input_width=input_width, attn_norm=attn_norm, dtype=dtype, rngs=rngs)
 
     def places(self, position_BT: jax.Array) -> list[Any]:
@@ -160,8 +159,10 @@ class EagleHead(nnx.Module):
         """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
         training."""
         config = self.config
-        table, axis = (target.embed, "vocab") if self.embed is None else (self.embed, "draft_vocab")
-        e_BTD = vocabulary.embed(table[...], token_BT, axis)
+        table, axis = target.table, "vocab"
+        if self.embed is not None:
+            table, axis = Matrix.of(self.embed, self.embed_scale), "draft_vocab"
+        e_BTD = vocabulary.embed(table, token_BT, axis, target.compute_dtype)
         attn_input = None
         if config.fusion == "concat":
             f_BTD = feature_BTD
@@ -187,7 +188,8 @@ class EagleHead(nnx.Module):
         """LM head over [..., D], float32 [..., W] in the draft vocabulary."""
         if self.lm_head is None:
             return target.logits(hidden)
-        return lm_head(hidden, self.lm_head[...], "...D,DW->...W", self.config.draft_vocab_size)
+        weights = Matrix.of(self.lm_head, self.lm_head_scale)
+        return lm_head(hidden, weights, "...D,DW->...W", self.config.draft_vocab_size)
 
     @property
     def vocab_axis(self) -> str:

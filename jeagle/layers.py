@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from jeagle.config import BlockConfig
-from jeagle.sharding import Axes, constrain, rows_split
+from jeagle.sharding import Axes, across, constrain, rows_split, split
+from jeagle.weights import Matrix, make_matrix, product, vector_dtype
 
 __all__ = [
     "STREAM",
@@ -44,8 +46,8 @@ ROWS_APART = 4  # float32 rows that a CPU multiplies one by one ..
 LARGE = 1 << 16  # .. with weights of at least so many numbers: programs take longer to compile, so it must be worth it
 
 
-def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, weights: jax.Array) -> jax.Array:
-    """``product(x)``, x [..., n], for a product with ``weights`` that treats every row alike.
+def by_rows(multiply: Callable[[jax.Array], jax.Array], x: jax.Array, weights: jax.Array) -> jax.Array:
+    """``multiply(x)``, x [..., n], for a product with ``weights`` that treats every row alike.
 
     On a CPU, 2 to ROWS_APART rows are multiplied one by one. XLA:CPU streams the weights through a matrix-vector
     product but repacks them for a matrix-matrix one, which costs more than reading them from the cache again for each
@@ -53,19 +55,19 @@ def by_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, weights: ja
     """
     rows = x.reshape(-1, x.shape[-1])
     if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32 or weights.size < LARGE or rows_split():
-        return product(x)
+        return multiply(x)
 
     def apart(x: jax.Array) -> jax.Array:
-        each = [product(x.reshape(-1, x.shape[-1])[i : i + 1]) for i in range(len(rows))]
+        each = [multiply(x.reshape(-1, x.shape[-1])[i : i + 1]) for i in range(len(rows))]
         return jnp.concatenate(each).reshape(*x.shape[:-1], *each[0].shape[1:])
 
-    return jax.lax.platform_dependent(x, cpu=apart, default=product)
+    return jax.lax.platform_dependent(x, cpu=apart, default=multiply)
 
 
-def lm_head(hidden: jax.Array, weights: jax.Array, subscripts: str, size: int) -> jax.Array:
+def lm_head(hidden: jax.Array, weights: Matrix, subscripts: str, size: int) -> jax.Array:
     """Logits float32 [..., V] of hidden [..., D]. Ids from ``size`` on are padding that made V divisible: -inf."""
-    product = partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
-    logits = by_rows(lambda x: product(x, weights), hidden, weights)
+    contract = partial(jnp.einsum, subscripts)
+    logits = by_rows(lambda x: product(x, weights, contract, jnp.float32), hidden, weights.kernel)
     if logits.shape[-1] == size:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < size, logits, -jnp.inf)
@@ -74,8 +76,8 @@ def lm_head(hidden: jax.Array, weights: jax.Array, subscripts: str, size: int) -
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32 and returned in x's dtype."""
 
-    def __init__(self, width: int, eps: float, *, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((width,), dtype), axes=("width",))
+    def __init__(self, width: int, eps: float, *, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((width,), vector_dtype(dtype)), axes=("width",))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -130,22 +132,42 @@ class Linear(nnx.Module):
         *,
         axes: Axes,
         bias: bool,
-        dtype: jnp.dtype,
+        dtype: Any,
         rngs: nnx.Rngs,
     ):
-        kernel = nnx.initializers.normal(0.02)(rngs.params(), (*inputs, *outputs), dtype)
-        self.kernel = nnx.Param(kernel, axes=axes)
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype), axes=axes[len(inputs) :]) if bias else None
+        self.kernel, self.kernel_scale = make_matrix(
+            (*inputs, *outputs), contracted=tuple(range(len(inputs))), axes=axes, dtype=dtype, rngs=rngs
+        )
+        zeros = jnp.zeros(outputs, vector_dtype(dtype))
+        self.bias = nnx.Param(zeros, axes=axes[len(inputs) :]) if bias else None
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        # One contracted axis, made before the dot: given several, XLA:CPU copies the whole kernel on every call.
-        width = math.prod(kernel.shape[: self.num_inputs])
-        x = x.reshape(*x.shape[: x.ndim - self.num_inputs], width)
-        kernel = kernel.reshape(width, *kernel.shape[self.num_inputs :])
-        y = by_rows(lambda x: jnp.tensordot(x, kernel, axes=1), x, kernel)
+        matrix, axes = Matrix.of(self.kernel, self.kernel_scale), self.kernel.get_metadata()["axes"]
+        inputs, outputs = axes[: self.num_inputs], axes[self.num_inputs :]
+        parts = next((part for part in map(across, filter(None, inputs)) if not part.whole), None)
+        if matrix.scale is None or parts is None:
+            y = self.multiply(x, matrix)
+        else:
+            # Scaled and rounded before shards are added up, as a bfloat16 model rounds: XLA would add float32 sums, of
+            # twice the bytes, and could not join what a block adds up with what its experts add up.
+            rows: Axes = ("rows", *(None,) * (x.ndim - self.num_inputs - 1))
+            shard = split(
+                lambda x, *matrix: parts.sum(self.multiply(x, Matrix(*matrix))),
+                ((*rows, *inputs), axes, outputs),
+                (*rows, *outputs),
+            )
+            y = shard(x, *matrix)
         return y if self.bias is None else y + self.bias[...]
+
+    def multiply(self, x: jax.Array, matrix: Matrix) -> jax.Array:
+        """Without the bias."""
+        shape = matrix.kernel.shape
+        # One contracted axis, made before the dot: given several, XLA:CPU copies the whole kernel on every call.
+        width = math.prod(shape[: self.num_inputs])
+        x = x.reshape(*x.shape[: x.ndim - self.num_inputs], width)
+        matrix = matrix._replace(kernel=matrix.kernel.reshape(width, *shape[self.num_inputs :]))
+        return by_rows(lambda x: product(x, matrix, partial(jnp.tensordot, axes=1)), x, matrix.kernel)
 
 
 class Block(nnx.Module):
@@ -157,7 +179,7 @@ class Block(nnx.Module):
         *,
         input_width: int | None = None,
         attn_norm: bool = True,
-        dtype: jnp.dtype,
+        dtype: Any,
         rngs: nnx.Rngs,
     ):
         D, K, G, H, F = config.width, config.num_kv_heads, config.queries_per_kv, config.head_dim, config.mlp_width

@@ -18,6 +18,7 @@ from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import LlamaConfig
 from jeagle.layers import Block, LayerAttend, RMSNorm, lm_head, rope_angles
+from jeagle.weights import Matrix, make_matrix
 
 __all__ = ["Forward", "Llama", "View"]
 
@@ -38,22 +39,33 @@ class View(NamedTuple):
 
 
 class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    """``dtype``: of all weights, or ``weights.Fp8``."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        normal = nnx.initializers.normal(0.02)
-        embed_VD = normal(rngs.params(), (config.vocab_size, config.width), dtype)
-        self.embed = nnx.Param(embed_VD, axes=("vocab", "width"))
+        V, D = config.vocab_size, config.width
+        make = partial(make_matrix, dtype=dtype, rngs=rngs)
+        self.embed, self.embed_scale = make((V, D), contracted=(1,), axes=("vocab", "width"))
         self.blocks = nnx.List([self.make_block(i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.width, config.norm_eps, dtype=dtype)
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else nnx.Param(normal(rngs.params(), (config.width, config.vocab_size), dtype), axes=("width", "vocab"))
-        )
+        lm_head: tuple[nnx.Param | None, nnx.Param | None] = (None, None)
+        if not config.tie_embeddings:
+            lm_head = make((D, V), contracted=(0,), axes=("width", "vocab"))
+        self.lm_head, self.lm_head_scale = lm_head
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Of states, caches and all that is computed: that of the weights, but for FP8 ones."""
+        return self.norm.scale.dtype
+
+    @property
+    def table(self) -> Matrix:
+        """The embedding [V, D]."""
+        return Matrix.of(self.embed, self.embed_scale)
 
     # What a family of targets may do its own way, block by block (llama4.py).
 
-    def make_block(self, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+    def make_block(self, index: int, *, dtype: Any, rngs: nnx.Rngs) -> Block:
         return Block(self.config, dtype=dtype, rngs=rngs)
 
     def places(self, position_BT: jax.Array) -> list[Any]:
@@ -104,7 +116,7 @@ class Llama(nnx.Module):
     ) -> Forward:
         """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
         training."""
-        x_BTD = vocabulary.embed(self.embed[...], token_BT, "vocab")
+        x_BTD = vocabulary.embed(self.table, token_BT, "vocab", self.compute_dtype)
         places = self.places(position_BT)
         tapped: dict[int, jax.Array] = {}
         new_kv: list[NewKV] = []
@@ -121,5 +133,6 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM head over [..., D], float32 [..., V]."""
         if self.lm_head is None:
-            return lm_head(hidden, self.embed[...], "...D,VD->...V", self.config.vocab_size)
-        return lm_head(hidden, self.lm_head[...], "...D,DV->...V", self.config.vocab_size)
+            return lm_head(hidden, self.table, "...D,VD->...V", self.config.vocab_size)
+        weights = Matrix.of(self.lm_head, self.lm_head_scale)
+        return lm_head(hidden, weights, "...D,DV->...V", self.config.vocab_size)

@@ -37,7 +37,7 @@ class Llama4Block(Block):
         *,
         experts: Experts | None = None,
         attn_norm: bool = True,
-        dtype: jnp.dtype,
+        dtype: Any,
         rngs: nnx.Rngs,
     ):
         super().__init__(config, attn_norm=attn_norm, dtype=dtype, rngs=rngs)
@@ -87,7 +87,7 @@ class IRope:
 class Llama4EagleHead(IRope, EagleHead):
     """Meta's dense head with Llama 4's attention."""
 
-    def make_block(self, index: int, *, input_width: int, attn_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+    def make_block(self, index: int, *, input_width: int, attn_norm: bool, dtype: Any, rngs: nnx.Rngs) -> Block:
         return Llama4Block(self.config, index, attn_norm=attn_norm, dtype=dtype, rngs=rngs)
 
 
@@ -96,7 +96,7 @@ class Llama4(IRope, Llama):
 
     config: Llama4Config
 
-    def make_block(self, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+    def make_block(self, index: int, *, dtype: Any, rngs: nnx.Rngs) -> Block:
         config, experts, mlp_width = self.config, None, self.config.mlp_width
         if index in config.moe_layers:
             mlp_width = config.expert_mlp_width

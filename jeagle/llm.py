@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 from jeagle import attention as attention_registry
-from jeagle.checkpoint import DTYPES, load_eagle, load_llama
+from jeagle.checkpoint import DTYPES, load_eagle, load_llama, read_source
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import CompiledProgram, Decoder
 from jeagle.distributed import explained
@@ -54,7 +54,8 @@ class LLM:
         ``EagleHead`` module; None decodes plainly.
       tree: "auto" (a chain of 3, the paper's choice at every batch size but the smallest; of 1 on a CPU), a name
         ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, or a plan.
-      dtype: "auto" (as stored), "float32" or "bfloat16".
+      dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
+        checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
       max_batch_size: rows decoded side by side; more prompts are served in turns.
       rounds_per_launch: rounds the device runs before the host looks (progress, Ctrl-C).
@@ -116,7 +117,8 @@ class LLM:
 
         self._checkpoint: Path | None = None
         if not isinstance(model, Llama):
-            self._checkpoint = locate(model, cache, kind="llama")
+            # FP8 is made when a model is converted, all else when it is loaded.
+            self._checkpoint = locate(model, cache, kind="llama", dtype="fp8" if dtype == "fp8" else "auto")
             target = load_llama(self._checkpoint, dtype=dtype, layout=layout)
         else:
             target = model if layout is None else place(model, layout)
@@ -125,8 +127,10 @@ class LLM:
         if draft is not None and not isinstance(draft, EagleHead):
             directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(directory, self._checkpoint)
-            # In the target's dtype, whatever it is stored in: the two share embeddings and features.
-            head = load_eagle(directory, dtype=target.embed[...].dtype.name, layout=layout)
+            # In the dtype the target computes in, whatever else it is stored in: the two share embeddings and features.
+            stored = read_source(directory)["dtype"]
+            computes = target.compute_dtype.name
+            head = load_eagle(directory, dtype=stored if stored == "fp8" else computes, layout=layout)
         elif head is not None and layout is not None:
             head = place(head, layout)
         self.config = target.config

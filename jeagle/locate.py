@@ -28,12 +28,12 @@ def check_vocabulary(head: Path, target: Path | None) -> None:
         )
 
 
-def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = None) -> Path:
+def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = None, dtype: str = "auto") -> Path:
     """The converted checkpoint for ``source``: itself if it is one, a head that comes with the package by its name,
     else its conversion under ``cache``/converted.
 
     A local source is recognised again by path, sizes and times of its files, so an edited checkpoint is converted anew;
-    a hub name by its name. Raises what ``convert.convert`` raises.
+    a hub name by its name. dtype: what to convert to. Raises what ``convert.convert`` raises.
     """
     path = Path(source).expanduser()
     if path.is_dir() and is_checkpoint(path):
@@ -45,6 +45,8 @@ def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = 
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         identity = [str(path.resolve()), str(target)]
         identity += [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files if f.is_file()]
+    if dtype != "auto":
+        identity.append(dtype)
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]
     destination = cache / "converted" / f"{path.resolve().name if path.exists() else path.name}-{digest}"
     if not is_checkpoint(destination):
@@ -52,7 +54,7 @@ def locate(source: str | Path, cache: Path, *, kind: str, target: Path | None = 
 
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:
-            convert(path if path.exists() else source, destination, kind=kind, target=target)
+            convert(path if path.exists() else source, destination, kind=kind, target=target, dtype=dtype)
         except (ConversionError, CheckpointError):
             if not is_checkpoint(destination):  # else another process has just finished the same conversion
                 raise

@@ -22,14 +22,27 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from jeagle.config import BlockConfig
 from jeagle.sharding import Axes, Layout, MeshError
+from jeagle.weights import FP8, Fp8, dtype_of, quantize, scale_of
 
-__all__ = ["Part", "Placement", "axes_of", "dotted", "filled", "place", "placements", "repeat_kv_heads", "variables"]
+__all__ = [
+    "Part",
+    "Placement",
+    "axes_of",
+    "dotted",
+    "filled",
+    "place",
+    "placements",
+    "quantized",
+    "repeat_kv_heads",
+    "variables",
+]
 
 Slices = tuple[slice, ...]
 
@@ -154,7 +167,7 @@ def placements(stored: nnx.Module, laid_out: nnx.Module, layout: Layout | None) 
 def place(module: Any, layout: Layout) -> Any:
     """A module in memory, laid out: a new module, of the config that ``repeat_kv_heads`` gives."""
     config = repeat_kv_heads(module.config, layout)
-    abstract = nnx.eval_shape(lambda: type(module)(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: type(module)(config, dtype=dtype_of(module), rngs=nnx.Rngs(0)))
     arrays, weights = {}, variables(module)
     for path, placement in placements(module, abstract, layout).items():
         arrays[path] = jax.make_array_from_callback(
@@ -167,6 +180,24 @@ def _cut(value: np.ndarray, placement: Placement, index: Slices | None) -> np.nd
     assert index is not None
     part = placement.part(index)
     return part.join([value[slices] for slices in part.slices])
+
+
+def quantized[Model: nnx.Module](module: Model, compute: Any = None) -> Model:
+    """A float32 or bfloat16 target or head with FP8 matrices, which computes in ``compute`` (None: as before)."""
+    model: Any = module
+    dtype = Fp8(dtype_of(model) if compute is None else compute)
+    abstract = nnx.eval_shape(lambda: type(model)(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    weights, arrays = variables(module), {}
+    for path, variable in variables(abstract).items():
+        if path not in weights:
+            continue  # scales, made with their matrices
+        value = weights[path].get_value()
+        if variable.dtype == FP8:
+            number, scale = quantize(np.asarray(value), variable.get_metadata()["contracted"])
+            arrays[path], arrays[scale_of(path)] = jnp.asarray(number), jnp.asarray(scale)
+        else:
+            arrays[path] = value.astype(variable.dtype)
+    return filled(abstract, arrays)
 
 
 def filled(module: Any, arrays: Mapping[str, Any]) -> Any:

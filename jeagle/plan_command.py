@@ -91,10 +91,11 @@ def _compiled(job: Job) -> Loop:
     from jeagle.tree import OFF
 
     split = job.split
-    if {job.format.name, job.draft_format.name} != {job.format.name} or job.format.name not in ("bfloat16", "float32"):
+    loaded = {"float32": "float32", "bfloat16": "bfloat16", "fp8": "bfloat16"}  # target's -> head's
+    if loaded.get(job.format.name) != job.draft_format.name:
         raise PlanError(
-            "--compile needs --dtype and --draft-dtype to be both bfloat16 or both float32, as models are loaded; got "
-            f"{job.format.name} and {job.draft_format.name}"
+            "--compile needs --dtype and --draft-dtype as models are loaded: both bfloat16, both float32, or fp8 and "
+            f"bfloat16; got {job.format.name} and {job.draft_format.name}"
         )
     try:
         return compile_loop(

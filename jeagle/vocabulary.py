@@ -6,30 +6,41 @@ one device is one shard). What travels is a number or a few candidates per posit
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jeagle.sharding import Across, across, split
+from jeagle.weights import Matrix
 
 __all__ = ["argmax", "embed", "ids", "log_softmax", "lookup", "top_k"]
 
 
-def embed(table_VD: jax.Array, token_BT: jax.Array, axis: str) -> jax.Array:
-    """Rows of a table whose first axis is the logical ``axis``, [B, T, D]: the shard that has a token's row gives it.
+def embed(table: Matrix, token_BT: jax.Array, axis: str, dtype: Any) -> jax.Array:
+    """Rows of a table [V, D] whose first axis is the logical ``axis``, [B, T, D]: the shard that has a token's row
+    gives it. FP8 rows are multiplied by their scales and rounded to ``dtype``.
 
     By hand, as XLA's partitioner gathers the whole table for a lookup on GPUs.
     """
     vocab = across(axis)
 
-    def of_shard(table_VD: jax.Array, token_BT: jax.Array) -> jax.Array:
+    def of_shard(token_BT: jax.Array, table_VD: jax.Array, scale_V: jax.Array | None = None) -> jax.Array:
+        def rows(id_BT: jax.Array) -> jax.Array:
+            if scale_V is None:
+                return table_VD[id_BT]
+            return (table_VD[id_BT].astype(jnp.float32) * scale_V[id_BT][..., None]).astype(dtype)
+
         if vocab.whole:
-            return table_VD[token_BT]
+            return rows(token_BT)
         local_BT = token_BT - vocab.index() * len(table_VD)
         here_BT = (local_BT >= 0) & (local_BT < len(table_VD))
-        return vocab.sum(jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, local_BT, 0)], 0))
+        return vocab.sum(jnp.where(here_BT[..., None], rows(jnp.where(here_BT, local_BT, 0)), 0))
 
     rows = ("rows", None)
-    return split(of_shard, ((axis, None), rows), (*rows, None))(table_VD, token_BT)
+    parts = (table.kernel,) if table.scale is None else table
+    axes = ((axis, None), (axis,))[: len(parts)]
+    return split(of_shard, (rows, *axes), (*rows, None))(token_BT, *parts)
 
 
 def ids(x: jax.Array, across: Across) -> jax.Array:

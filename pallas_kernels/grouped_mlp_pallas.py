@@ -49,12 +49,15 @@ def grouped_mlp(
     expert_m: jax.Array,
     gate_up_ED2F: jax.Array,
     down_EFD: jax.Array,
+    gate_up_E2F: jax.Array | None = None,
+    down_ED: jax.Array | None = None,
     *,
     interpret: bool | None = None,
 ) -> jax.Array:
     """Row i through the gated MLP of expert ``expert_m[i]``, [m, D] in x's dtype. See ``jeagle.moe.run_experts``.
 
     x_mD, gate_up_ED2F (the gate first), down_EFD: bfloat16 or float32; sums are float32, the hidden rows x's dtype.
+    gate_up_E2F, down_ED: float32 scales of weights that are float8_e4m3fn; None for others.
     expert_m: int32. A row whose expert is none of the E gets zeros and reads no weights.
     interpret: None interprets on CPUs alone.
 
@@ -67,7 +70,7 @@ def grouped_mlp(
     first, second = tiles(m=m, E=E, D=D, F=F, dtype=x_mD.dtype)
     row_bR = blocks(expert_m, E, first.rows)
     launch = partial(_launch, first=first, second=second)
-    operands = (row_bR, expert_m, x_mD, gate_up_ED2F, down_EFD)
+    operands = (row_bR, expert_m, x_mD, gate_up_ED2F, down_EFD, gate_up_E2F, down_ED)
     if interpret is not None:
         return launch(*operands, interpret=interpret)
     return lax.platform_dependent(
@@ -140,6 +143,8 @@ def _launch(
     x_mD: jax.Array,
     gate_up_ED2F: jax.Array,
     down_EFD: jax.Array,
+    gate_up_E2F: jax.Array | None,
+    down_ED: jax.Array | None,
     *,
     first: Tiles,
     second: Tiles,
@@ -154,7 +159,7 @@ def _launch(
         compiler_params=pltriton.CompilerParams(num_warps=first.warps, num_stages=first.stages),
         interpret=interpret,
         name="grouped_mlp_gate_up",
-    )(row_bR, expert_m, x_mD, gate_up_ED2F)
+    )(row_bR, expert_m, x_mD, gate_up_ED2F, *(() if gate_up_E2F is None else (gate_up_E2F,)))
     return pl.pallas_call(
         partial(_down_kernel, tiles=second),
         grid=(len(row_bR), D // second.columns),
@@ -162,11 +167,12 @@ def _launch(
         compiler_params=pltriton.CompilerParams(num_warps=second.warps, num_stages=second.stages),
         interpret=interpret,
         name="grouped_mlp_down",
-    )(row_bR, expert_m, h, down_EFD)
+    )(row_bR, expert_m, h, down_EFD, *(() if down_ED is None else (down_ED,)))
 
 
-def _gate_up_kernel(row_ref, expert_ref, x_ref, gate_up_ref, h_ref, *, tiles: Tiles):
-    """One block, one tile of hidden columns, one share of D. Refs are whole arrays."""
+def _gate_up_kernel(row_ref, expert_ref, x_ref, gate_up_ref, *others, tiles: Tiles):
+    """One block, one tile of hidden columns, one share of D. Refs are whole arrays; others: scales, if any, and h."""
+    *scale_refs, h_ref = others
     E, D, _, _ = gate_up_ref.shape
     row_R1, own_R1, expert, steps = _block(row_ref, expert_ref, E, D // tiles.depth // tiles.splits)
     f_1C = (pl.program_id(1) * tiles.columns + jnp.arange(tiles.columns))[None, :]
@@ -177,10 +183,12 @@ def _gate_up_kernel(row_ref, expert_ref, x_ref, gate_up_ref, h_ref, *, tiles: Ti
         d_K = i * tiles.depth + jnp.arange(tiles.depth)
         x = pltriton.load(x_ref.at[row_R1, d_K[None, :]], mask=own_R1, other=0)
         weights = [pltriton.load(gate_up_ref.at[expert, d_K[:, None], half, f_1C]) for half in range(2)]
-        return tuple(total + _dot(x, w) for total, w in zip(sums, weights))
+        return tuple(total + _dot(x, w.astype(x.dtype)) for total, w in zip(sums, weights))
 
     zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     gate, up = lax.fori_loop(low, low + steps, step, (zeros, zeros))
+    for scale_ref in scale_refs:
+        gate, up = (x * pltriton.load(scale_ref.at[expert, half, f_1C]) for half, x in enumerate((gate, up)))
     if tiles.splits == 1:
         pltriton.store(h_ref.at[row_R1, f_1C], _gated(gate, up).astype(h_ref.dtype), mask=own_R1)
         return
@@ -188,8 +196,10 @@ def _gate_up_kernel(row_ref, expert_ref, x_ref, gate_up_ref, h_ref, *, tiles: Ti
         pltriton.store(h_ref.at[split, half, row_R1, f_1C], part, mask=own_R1)
 
 
-def _down_kernel(row_ref, expert_ref, h_ref, down_ref, y_ref, *, tiles: Tiles):
-    """One block, one tile of the result's columns. h_ref: hidden rows [m, F], or parts [splits, 2, 1, F]."""
+def _down_kernel(row_ref, expert_ref, h_ref, down_ref, *others, tiles: Tiles):
+    """One block, one tile of the result's columns. h_ref: hidden rows [m, F], or parts [splits, 2, 1, F]. others: as
+    above."""
+    *scale_refs, y_ref = others
     E, F, _ = down_ref.shape
     row_R1, own_R1, expert, steps = _block(row_ref, expert_ref, E, F // tiles.depth)
     d_1C = (pl.program_id(1) * tiles.columns + jnp.arange(tiles.columns))[None, :]
@@ -203,10 +213,13 @@ def _down_kernel(row_ref, expert_ref, h_ref, down_ref, y_ref, *, tiles: Tiles):
 
     def step(i, total):
         f_K = i * tiles.depth + jnp.arange(tiles.depth)
-        return total + _dot(hidden(f_K[None, :]), pltriton.load(down_ref.at[expert, f_K[:, None], d_1C]))
+        weights = pltriton.load(down_ref.at[expert, f_K[:, None], d_1C])
+        return total + _dot(hidden(f_K[None, :]), weights.astype(y_ref.dtype))
 
     zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     y = lax.fori_loop(jnp.int32(0), steps, step, zeros)
+    for scale_ref in scale_refs:
+        y = y * pltriton.load(scale_ref.at[expert, d_1C])
     pltriton.store(y_ref.at[row_R1, d_1C], y.astype(y_ref.dtype), mask=own_R1)
 
 

@@ -73,8 +73,8 @@ KILLED = """
 import os, sys, convert
 from jeagle.checkpoint_writer import CheckpointWriter
 add = CheckpointWriter.add
-def told(self, path, *rest):
-    add(self, path, *rest)
+def told(self, path, *rest, **options):
+    add(self, path, *rest, **options)
     self._commit()
     print(path, flush=True)
 CheckpointWriter.add = told

@@ -310,7 +310,7 @@ def test_coupled_drafting_accepts_as_often_as_the_simulation_says(error, one, fo
 
     rows, filters = helpers.same_for_all_rows(SamplingParams(temperature=1.0), B), Filters(sample=True)
     position = np.arange(B, dtype=np.int32)[:, None]
-    head = types.SimpleNamespace(draft_to_target=None)
+    head = types.SimpleNamespace(vocab_axis="vocab", draft_to_target=None)
 
     @jax.jit
     def run(target, guess, rows):
@@ -331,7 +331,7 @@ def test_coupled_drafting_accepts_as_often_as_the_simulation_says(error, one, fo
 def test_children_in_target_ids_greedy_and_sampled():
     """A head of a reduced vocabulary names target ids and draws the noise of those ids; NaN is never a guess."""
     ids = np.array([4, 40, 7, 70, 12], np.int32)
-    head = types.SimpleNamespace(draft_to_target=jnp.asarray(ids))
+    head = types.SimpleNamespace(vocab_axis="vocab", draft_to_target=jnp.asarray(ids))
     logits = np.log(np.array([[[0.1, 0.2, 0.3, 0.15, 0.25]]] * 3, np.float32))
     logits[2, 0] = np.nan
     rows = settings(SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0))
@@ -354,7 +354,7 @@ def test_tokens_the_filters_drop_rank_last():
     rows = settings(*[SamplingParams(temperature=1.0, top_k=2)] * 2)
 
     def run(logits, rows):
-        head = types.SimpleNamespace(draft_to_target=None)
+        head = types.SimpleNamespace(vocab_axis="vocab", draft_to_target=None)
         return draft._children(head, logits, np.zeros((2, 1), np.int32), rows, Filters(sample=True, top_k=True), 5)
 
     children, score = (np.asarray(x)[:, 0] for x in jax.jit(run)(logits, rows))
