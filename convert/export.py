@@ -38,6 +38,7 @@ from convert.table import ConversionError, Rule, unfill
 from jeagle.checkpoint import load_eagle
 from jeagle.config import EagleConfig, Llama4EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
+from jeagle.weights import Fp8, dtype_of
 
 __all__ = ["export", "llama_config", "main"]
 
@@ -82,6 +83,8 @@ def export(
     config = head.config
     if isinstance(config, Llama4EagleConfig):
         raise ConversionError(f"{name} has Llama 4's attention, for which no form is written; keep the original head")
+    if isinstance(dtype_of(head), Fp8):
+        raise ConversionError(f"{name} has FP8 weights, which no form holds; export the head it was converted from")
     chosen = _choose_form(form, config, name)
     tensors = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(head))}
     stored = _choose_dtype(dtype, tensors, name)

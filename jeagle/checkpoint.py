@@ -3,7 +3,8 @@
 ::
 
     config.json             our config (jeagle/config.py), nothing else
-    params/                 one Orbax checkpoint (OCDBT, zarr3): {"blocks": {"0": {"qkv": {"kernel": ...}}}, ...}
+    params/                 one Orbax checkpoint (OCDBT, zarr3): {"blocks": {"0": {"qkv": {"kernel": ...}}}, ...};
+                            of dtype fp8, FP8 matrices and beside each its scales, {"kernel_scale": ...}
     source.json             format_version, family, dtype, source and the SHA-256 of every file it was made from
     tokenizer.json, ...     the tokenizer's files, chat template and generation_config.json, as the source had them
 

@@ -26,6 +26,7 @@ from typing import Any
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("--models", nargs="*", default=["llama-3.3-70b", "llama-4-maverick"])
 parser.add_argument("--layers", type=int, default=4, help="of each model, the first ones")
+parser.add_argument("--dtype", default="bfloat16", help="of the targets: bfloat16 or fp8; heads are bfloat16")
 parser.add_argument("--gpu", default="h100")
 parser.add_argument("--devices", type=int, default=8)
 parser.add_argument("--context", type=int, default=8192)
@@ -74,6 +75,7 @@ def compiled(model: str, tree: str) -> dict[str, Any]:
         head,
         Program(plan_of_tree, attention="pallas"),
         absent_mesh(args.gpu, 1, args.devices),
+        dtype=args.dtype,
         capacity=args.context,
     )
     job = Job(
@@ -82,7 +84,7 @@ def compiled(model: str, tree: str) -> dict[str, Any]:
         head=head,
         device=DEVICES[args.gpu],
         split=Split(tensor=args.devices),
-        format=FORMATS["bfloat16"],
+        format=FORMATS[args.dtype],
         draft_format=FORMATS["bfloat16"],
         cache_format=CACHE_FORMATS["bfloat16"],
         batch=1,
@@ -152,7 +154,7 @@ def main() -> int:
         )
     Console(width=160).print(table)
     compiled_for = f"{args.devices} x {args.gpu} (nothing was run)"
-    result = dict(environment=about, compiled_for=compiled_for, context=args.context, programs=rows)
+    result = dict(environment=about, compiled_for=compiled_for, dtype=args.dtype, context=args.context, programs=rows)
     if args.out:
         write_result(args.out, result)
     print(json.dumps(result))
