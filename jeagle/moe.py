@@ -136,11 +136,11 @@ def run_experts(
     return lax.fori_loop(0, last_block_E[-1], one_block, jnp.zeros_like(x_mD))
 
 
-<<<<<<< HEAD
-def gated_mlp(x_rD: jax.Array, gate_up_D2F: jax.Array, down_FD: jax.Array) -> jax.Array:
-    D, _, F = gate_up_D2F.shape
-    gate_up_r2F = (x_rD @ gate_up_D2F.reshape(D, 2 * F)).reshape(-1, 2, F)
-    return (jax.nn.silu(gate_up_r2F[:, 0]) * gate_up_r2F[:, 1]) @ down_FD
+def gated_mlp(x_rD: jax.Array, gate_up_D2F: Matrix, down_FD: Matrix) -> jax.Array:
+    D, _, F = gate_up_D2F.kernel.shape
+    flat = gate_up_D2F.map(lambda kernel: kernel.reshape(D, 2 * F), lambda scale: scale.reshape(2 * F))
+    gate_up_r2F = product(x_rD, flat).reshape(-1, 2, F)
+    return product(jax.nn.silu(gate_up_r2F[:, 0]) * gate_up_r2F[:, 1], down_FD)
 
 
 def _kernels(*operands: jax.Array, all_here: bool = True) -> jax.Array:
@@ -163,10 +163,3 @@ def resolve(name: str, platform: str | None = None) -> str:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"experts implementation {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
     return name
-=======
-def gated_mlp(x_rD: jax.Array, gate_up_D2F: Matrix, down_FD: Matrix) -> jax.Array:
-    D, _, F = gate_up_D2F.kernel.shape
-    flat = gate_up_D2F.map(lambda kernel: kernel.reshape(D, 2 * F), lambda scale: scale.reshape(2 * F))
-    gate_up_r2F = product(x_rD, flat).reshape(-1, 2, F)
-    return product(jax.nn.silu(gate_up_r2F[:, 0]) * gate_up_r2F[:, 1], down_FD)
->>>>>>> bec98cf (FP8 weights: e4m3 with a scale per output channel, converted, loaded, sharded and compiled for)

@@ -14,6 +14,7 @@ from flax import nnx
 from jeagle import moe
 from jeagle.moe import Experts, resolve, run_experts
 from jeagle.sharding import Layout, Rules, make_mesh, use
+from jeagle.weights import quantize
 from pallas_kernels.grouped_mlp_pallas import blocks, grouped_mlp, num_blocks, tiles
 
 IMPLEMENTATIONS = {"xla": partial(run_experts, all_here=False), "pallas": partial(grouped_mlp, interpret=True)}
@@ -181,3 +182,19 @@ def test_names_are_resolved_and_never_replaced():
     experts.implementation = "triton"
     with pytest.raises(ValueError, match=r"'triton' is unknown; choose one of \['auto', 'xla', 'pallas'\]"):
         experts(jnp.zeros((1, 1, 32)))
+
+
+@pytest.mark.parametrize("m", [1, 5])  # one row: the first launch in parts
+def test_fp8_weights(m):
+    """Numbers and scales as the XLA implementation reads them, which is the reference of dequantised weights too."""
+    rng = np.random.default_rng(m)
+    E, D, F = 3, 64, 32
+    x_mD = jnp.asarray(rng.standard_normal((m, D)), jnp.float32)
+    expert_m = jnp.asarray(rng.integers(0, E, m), jnp.int32)
+    gate_up, gate_up_scale = quantize(rng.standard_normal((E, D, 2, F)).astype(np.float32), (1,))
+    down, down_scale = quantize(rng.standard_normal((E, F, D)).astype(np.float32), (1,))
+    operands = [jnp.asarray(x) for x in (gate_up, down, gate_up_scale, down_scale)]
+    wanted = run_experts(x_mD, expert_m, *operands)
+    np.testing.assert_allclose(grouped_mlp(x_mD, expert_m, *operands), wanted, rtol=2e-5, atol=2e-4)
+    wide = (gate_up.astype(np.float32) * gate_up_scale[:, None], down.astype(np.float32) * down_scale[:, None])
+    np.testing.assert_allclose(run_experts(x_mD, expert_m, *wide), wanted, rtol=2e-5, atol=2e-4)
