@@ -47,7 +47,7 @@ test-h100-compile: $(INSTALLED)
 		version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 		echo "Fetching jax-cuda13-plugin $$version into $(H100) ..."; \
 		$(PIP) install --no-deps --target $(H100) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version || rm -rf $(H100); }
-	JEAGLE_H100_PLUGIN=$(H100) PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest -q tests/test_h100_compile.py
+	JEAGLE_H100_PLUGIN=$(H100) PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_h100_compile.py
 
 # In a folder of their own too, as the wheels are larger than all that jeagle needs. The versions are those tested.
 test-triton: $(INSTALLED)

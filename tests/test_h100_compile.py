@@ -42,6 +42,7 @@ def programs() -> list[dict]:
     return json.loads(run.stdout.splitlines()[-1])["programs"]
 
 
+@pytest.mark.xdist_group("one")
 def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs):
     kernels = [row for row in programs if "B" in row and "refused" not in row]
     assert {(row["B"], row["T"], row["pages"]) for row in kernels} >= {
@@ -53,6 +54,7 @@ def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs)
         assert row["registers"] > 0, row  # ptxas was heard
 
 
+@pytest.mark.xdist_group("one")
 def test_a_layer_of_experts_is_two_launches_beside_its_blocks_and_nothing_spills(programs):
     rows = [row for row in programs if "E" in row]
     assert {(row["E"], row["m"]) for row in rows} == {(E, m) for E in (16, 128) for m in (1, 4, 64)}
@@ -62,6 +64,7 @@ def test_a_layer_of_experts_is_two_launches_beside_its_blocks_and_nothing_spills
         assert min(row["programs"]) >= 128, row  # of 132 multiprocessors
 
 
+@pytest.mark.xdist_group("one")
 def test_batch_one_fills_the_multiprocessors(programs):
     for row in programs:
         if row["what"] == "pallas" and row["B"] == 1 and row["K"] == 8:
@@ -69,6 +72,7 @@ def test_batch_one_fills_the_multiprocessors(programs):
             assert x * y * z >= 132, row
 
 
+@pytest.mark.xdist_group("one")
 def test_the_loop_updates_its_cache_in_place_as_one_graph(programs):
     loops = [row for row in programs if "loop" in row["what"]]
     names = {row["what"] for row in loops}
@@ -131,6 +135,7 @@ def mesh_programs() -> list[dict]:
     return json.loads(run.stdout.splitlines()[-1])["programs"]
 
 
+@pytest.mark.xdist_group("mesh")
 def test_eight_gpus_hold_what_the_plan_says_and_gather_nothing_large(mesh_programs):
     assert [(row["model"], row["tree"]) for row in mesh_programs] == [
         (model, tree) for model in ("llama-3.3-70b", "llama-4-maverick") for tree in ("plain", "chain-3")

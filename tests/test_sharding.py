@@ -79,16 +79,23 @@ def collectives(compiled) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "data", "tensor"),
-    [(8, 8, 1, 8), (8, 4, 1, 8), (24, 3, 1, 8), (8, 2, 2, 4), (8, 1, 1, 8), (8, 8, 4, 2)],
+    ("num_heads", "num_kv_heads", "data", "tensor", "trees"),
+    [
+        (8, 8, 1, 8, ("off", "chain-2")),
+        (8, 4, 1, 8, ("chain-2",)),
+        (24, 3, 1, 8, ("chain-2",)),
+        (8, 2, 2, 4, ("off", "chain-2")),
+        (8, 1, 1, 8, ("chain-2",)),
+        (8, 8, 4, 2, ("chain-2",)),
+    ],
 )
-def test_tokens_of_one_device(num_heads, num_kv_heads, data, tensor):
+def test_tokens_of_one_device(num_heads, num_kv_heads, data, tensor, trees):
     """Greedy and sampled rows with every filter, side by side; plain and speculative."""
     target, head = pair(num_heads, num_kv_heads)
     layout = Layout(make_mesh(data, tensor))
     alone, _ = decode(target, head, None, OFF)
-    for plan in (OFF, parse_tree("chain-2")):
-        state, _ = decode(target, head, layout, plan)
+    for tree in trees:
+        state, _ = decode(target, head, layout, parse_tree(tree))
         np.testing.assert_array_equal(state.output_BO, alone.output_BO)
         np.testing.assert_array_equal(state.logprobs.top_id_BOn, alone.logprobs.top_id_BOn)
         np.testing.assert_allclose(state.logprobs.chosen_BO, alone.logprobs.chosen_BO, atol=1e-5)
