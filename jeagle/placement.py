@@ -58,7 +58,7 @@ def repeat_kv_heads[Config: BlockConfig](config: Config, layout: Layout) -> Conf
             return dataclasses.replace(config, num_kv_heads=config.num_kv_heads * copies)
     raise MeshError(
         f"a tensor axis of {devices} devices does not divide {config.num_heads} query heads on {config.num_kv_heads} "
-        f"kv heads; choose a tensor_parallel_size that divides {config.num_heads}, or divides {config.num_kv_heads}"
+        f"kv heads; choose a tensor_parallel_size that divides {config.num_heads}"
     )
 
 

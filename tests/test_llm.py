@@ -329,7 +329,7 @@ def test_refused_parameters_and_conversations(reciter):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(dtype="fp16"), "dtype must be one of auto, float32, bfloat16, got 'fp16'"),
+        (dict(dtype="fp16"), "dtype must be one of auto, float32, bfloat16, fp8, got 'fp16'"),
         (dict(kv_cache_dtype="int8"), "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, got 'int8'"),
         (dict(tree="oak"), "tree 'oak' is unknown"),
         (dict(tree=[[0, 0]]), "has no parent: add the path"),

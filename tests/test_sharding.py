@@ -57,12 +57,12 @@ def batch() -> Batch:
     return Batch(prompts, sampling, np.full((4, 4), -1, np.int32), limits)
 
 
-def decode(target, head, layout: Layout | None, plan, **kwargs):
+def decode(target, head, layout: Layout | None, plan, filters: Filters = EVERY_FILTER):
     """The final state, and the compiled loop."""
     if layout is not None:
         target, head = place(target, layout), place(head, layout)
-    decoder = Decoder(target, head, page_size=8, layout=layout, **kwargs)
-    program = Program(plan, EVERY_FILTER, 2)
+    decoder = Decoder(target, head, page_size=8, layout=layout)
+    program = Program(plan, filters, 2)
     state = decoder.launch(decoder.start(batch(), program, capacity=64, chunk=16), program, 100)
     (compiled,) = [p.executable for p in decoder.programs if p.name == "decode"]
     return state, compiled
@@ -121,7 +121,7 @@ def test_communication_of_the_loop():
         config = dataclasses.replace(LlamaConfig.tiny(), num_layers=num_layers, num_heads=8, num_kv_heads=8)
         target = fill_randomly(abstract(config), 0)
         layout = Layout(make_mesh(data, 8 // data), Rules.choose(**rules))
-        return collectives(decode(target, head_for(config, taps=(0,)), layout, plan)[1])
+        return collectives(decode(target, head_for(config, taps=(0,)), layout, plan, Filters())[1])
 
     one, two = decode_shapes(1, OFF), decode_shapes(2, OFF)
     assert len(two) - len(one) == 2

@@ -149,7 +149,7 @@ def test_bfloat16_computes_with_float32_masters(tmp_path):
 
 EIGHT = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 sys.path[:0] = {path!r}
 from pathlib import Path
 from test_training import losses, recipe, trainer
