@@ -90,12 +90,13 @@ def collectives(compiled) -> list[tuple[str, int]]:
     ],
 )
 def test_tokens_of_one_device(num_heads, num_kv_heads, data, tensor, trees):
-    """Greedy and sampled rows with every filter, side by side; plain and speculative."""
+    """Greedy and sampled rows side by side; plain and speculative."""
     target, head = pair(num_heads, num_kv_heads)
     layout = Layout(make_mesh(data, tensor))
-    alone, _ = decode(target, head, None, OFF)
+    filters = EVERY_FILTER if "off" in trees else Filters(sample=True)  # fewer filters compile faster
+    alone, _ = decode(target, head, None, OFF, filters)
     for tree in trees:
-        state, _ = decode(target, head, layout, parse_tree(tree))
+        state, _ = decode(target, head, layout, parse_tree(tree), filters)
         np.testing.assert_array_equal(state.output_BO, alone.output_BO)
         np.testing.assert_array_equal(state.logprobs.top_id_BOn, alone.logprobs.top_id_BOn)
         np.testing.assert_allclose(state.logprobs.chosen_BO, alone.logprobs.chosen_BO, atol=1e-5)
