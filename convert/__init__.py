@@ -86,8 +86,7 @@ def convert(
             writer.add_weight(path, array, weights[path], scales[path]() if path in scales else None)
             bar.update(array.size * itemsize)
             del array  # the next one is made before the loop variable changes
-        family = description.config.to_json()["family"]
-        about = {"family": family, "dtype": stored, "source": opened.name, "sha256": hashes.result()}
+        about = {"family": description.config.family, "dtype": stored, "source": opened.name, "sha256": hashes.result()}
         return writer.finish(description.config, about, opened.carried)
 
 

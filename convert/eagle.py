@@ -15,7 +15,8 @@ import numpy as np
 
 from convert.eagle_config import Shapes, read_config
 from convert.table import ConversionError, Description, Rule, Source, block_rules, norm, plain, transposed
-from jeagle.config import EagleConfig, Llama4EagleConfig, LlamaConfig
+from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.llama4_config import Llama4EagleConfig
 
 __all__ = ["check_token_maps", "describe", "head_rules", "is_eagle"]
 

@@ -15,7 +15,8 @@ from convert.llama4 import DEFAULT_THETA as LLAMA4_THETA
 from convert.llama4 import irope_fields, is_llama4
 from convert.rope import parse_rope
 from convert.table import ConversionError
-from jeagle.config import ConfigError, EagleConfig, Llama4EagleConfig, LlamaConfig, default_taps
+from jeagle.config import ConfigError, EagleConfig, LlamaConfig, default_taps
+from jeagle.llama4_config import Llama4EagleConfig
 
 __all__ = ["Shapes", "read_config"]
 

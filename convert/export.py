@@ -36,8 +36,9 @@ from convert.eagle import describe, head_rules
 from convert.eagle_config import TAP_IDS
 from convert.table import ConversionError, Rule, unfill
 from jeagle.checkpoint import load_eagle
-from jeagle.config import EagleConfig, Llama4EagleConfig, LlamaConfig, RopeScaling
+from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
+from jeagle.llama4_config import Llama4EagleConfig
 from jeagle.weights import Fp8, dtype_of
 
 __all__ = ["export", "llama_config", "main"]

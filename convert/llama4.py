@@ -18,7 +18,8 @@ from convert.fields import flag, integer, number
 from convert.llama import eos_token_ids
 from convert.rope import parse_rope
 from convert.table import ConversionError, Description, Rule, block_rules, norm, plain, transposed
-from jeagle.config import ConfigError, Llama4Config, TemperatureTuning
+from jeagle.config import ConfigError
+from jeagle.llama4_config import Llama4Config, TemperatureTuning
 
 __all__ = ["DEFAULT_THETA", "describe", "irope_fields", "is_llama4", "read_config"]
 

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import tensorstore as ts
 from flax import nnx
 
-from jeagle.config import BlockConfig, ConfigError, EagleConfig, Llama4Config, Llama4EagleConfig, LlamaConfig
+from jeagle.config import BlockConfig, ConfigError, EagleConfig, LlamaConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.llama4 import Llama4, Llama4EagleHead
+from jeagle.llama4_config import Llama4Config, Llama4EagleConfig
 from jeagle.placement import Part, Placement, filled, placements, repeat_kv_heads
 from jeagle.sharding import Layout, MeshError
 from jeagle.weights import dtype_of_name
@@ -50,12 +51,15 @@ FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "fp8")
 READ_BYTES = 1 << 30  # what may wait in host memory for its device while a checkpoint is loaded
 
-# What config.json calls a kind of model -> its description and its module.
+# Every kind of model by its family: its description and its module.
 FAMILIES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, Llama),
-    "llama4": (Llama4Config, Llama4),
-    "eagle": (EagleConfig, EagleHead),
-    "llama4_eagle": (Llama4EagleConfig, Llama4EagleHead),
+    config.family: (config, module)
+    for config, module in (
+        (LlamaConfig, Llama),
+        (Llama4Config, Llama4),
+        (EagleConfig, EagleHead),
+        (Llama4EagleConfig, Llama4EagleHead),
+    )
 }
 
 
@@ -94,7 +98,7 @@ def load_config(directory: str | Path) -> LlamaConfig | EagleConfig:
 
 def abstract(config: BlockConfig, dtype: Any = jnp.float32) -> Any:
     """The module that ``config`` describes, with shapes in place of weights. dtype: "fp8", or of all weights."""
-    module = FAMILIES[config.to_json()["family"]][1]
+    module = FAMILIES[config.family][1]
     return nnx.eval_shape(lambda: module(config, dtype=dtype_of_name(dtype), rngs=nnx.Rngs(0)))
 
 

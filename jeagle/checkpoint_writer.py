@@ -191,7 +191,7 @@ def save(
     if isinstance(dtype_of(module), Fp8) and dtype != "fp8":
         raise CheckpointError(f"{destination} is to hold FP8 weights as {dtype}; save them with dtype fp8")
     described = variables(abstract(config, dtype))
-    about = {"family": config.to_json()["family"], "dtype": dtype, **(source or {})}
+    about = {"family": config.family, "dtype": dtype, **(source or {})}
     with CheckpointWriter(destination) as writer:
         for path, variable in nnx.to_flat_state(nnx.state(module)):
             writer.add_weight(dotted(path), np.asarray(variable.get_value()), described[dotted(path)])

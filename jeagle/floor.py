@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from jeagle.config import BlockConfig, EagleConfig, Llama4Config, LlamaConfig
+from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
 from jeagle.devices import Device
 from jeagle.footprint import Format, PlanError, Split, Weight, head_weights, position_bytes, target_weights
+from jeagle.llama4_config import Llama4Config
 
 if TYPE_CHECKING:
     from jeagle.tree import TreePlan

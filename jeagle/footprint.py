@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from jeagle.config import BlockConfig, EagleConfig, Llama4Config, LlamaConfig
+from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
+from jeagle.llama4_config import Llama4Config
 
 __all__ = [
     "CACHE_FORMATS",

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jeagle.config import IRopeConfig, Llama4Config, TemperatureTuning
 from jeagle.eagle import EagleHead
 from jeagle.layers import Block, Rope, rope_angles, rotate
 from jeagle.llama import Llama, View
+from jeagle.llama4_config import IRopeConfig, Llama4Config, TemperatureTuning
 from jeagle.moe import Experts
 
 __all__ = ["Llama4", "Llama4Block", "Llama4EagleHead", "chunk_view", "query_scale"]

@@ -10,15 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from jeagle.config import (
-    BlockConfig,
-    ConfigError,
-    EagleConfig,
-    Llama4Config,
-    LlamaConfig,
-    RopeScaling,
-    TemperatureTuning,
-)
+from jeagle.config import BlockConfig, ConfigError, EagleConfig, LlamaConfig, RopeScaling
+from jeagle.llama4_config import Llama4Config, TemperatureTuning
 
 __all__ = ["DRAFTS", "SIZES", "Draft", "draft_of", "find_config", "head_for", "size"]
 

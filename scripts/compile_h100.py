@@ -38,12 +38,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from jeagle.attention import IMPLEMENTATIONS
-from jeagle.config import EagleConfig, Llama4Config
+from jeagle.config import EagleConfig
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
 from jeagle.llama import Llama
+from jeagle.llama4_config import Llama4Config
 from jeagle.sizes import size
 from jeagle.tree import OFF, DynamicTree, TreePlan
 from pallas_kernels.grouped_mlp_pallas import grouped_mlp

@@ -43,11 +43,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jeagle.compile_only import CannotCompile, Loop, absent_mesh, compile_loop
-from jeagle.config import Llama4Config, LlamaConfig
+from jeagle.config import LlamaConfig
 from jeagle.decode import Program
 from jeagle.devices import DEVICES
 from jeagle.floor import Job
 from jeagle.footprint import CACHE_FORMATS, FORMATS, Split
+from jeagle.llama4_config import Llama4Config
 from jeagle.plan import Plan, make_plan
 from jeagle.sizes import head_for, size
 from jeagle.tree import OFF, TreePlan, parse_tree

@@ -16,8 +16,9 @@ from convert import ConversionError
 from convert.llama4 import describe, read_config
 from convert.table import fill, unfill
 from jeagle.checkpoint import load, load_config, load_eagle
-from jeagle.config import EagleConfig, Llama4Config, Llama4EagleConfig, RopeScaling, TemperatureTuning
+from jeagle.config import EagleConfig, RopeScaling
 from jeagle.llama4 import Llama4EagleHead
+from jeagle.llama4_config import Llama4Config, Llama4EagleConfig, TemperatureTuning
 
 D, H, N, K, F, E, V, WIDE = 16, 8, 4, 2, 12, 3, 40, 24
 G = N // K

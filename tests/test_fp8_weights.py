@@ -24,11 +24,12 @@ import convert
 from jeagle import LLM, SamplingParams
 from jeagle.checkpoint import CheckpointError, abstract, load_eagle, load_llama, read_source
 from jeagle.checkpoint_writer import save
-from jeagle.config import EagleConfig, Llama4Config, LlamaConfig
+from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.eagle import EagleHead
 from jeagle.footprint import FORMATS, Split, head_weights, num_bytes, target_weights
 from jeagle.llama import Llama
 from jeagle.llama4 import Llama4
+from jeagle.llama4_config import Llama4Config
 from jeagle.placement import filled, place, placements, quantized, repeat_kv_heads, variables
 from jeagle.sharding import Layout, Rules, make_mesh
 from jeagle.weights import FP8, Fp8, Matrix, product, quantize, scale_of

@@ -19,13 +19,14 @@ import convert
 from jeagle import LLM, SamplingParams, moe
 from jeagle.cache import Prefix
 from jeagle.checkpoint import load_llama
-from jeagle.config import ConfigError, EagleConfig, Llama4Config, Llama4EagleConfig, LlamaConfig, TemperatureTuning
+from jeagle.config import ConfigError, EagleConfig, LlamaConfig
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder
 from jeagle.draft import Candidates, select
 from jeagle.eagle import EagleHead
 from jeagle.llama import View
 from jeagle.llama4 import Llama4, Llama4EagleHead, chunk_view, query_scale
+from jeagle.llama4_config import Llama4Config, Llama4EagleConfig, TemperatureTuning
 from jeagle.moe import Experts, run_experts
 from jeagle.sampling import Filters, RowSampling, seed_keys
 from jeagle.tree import OFF, DynamicTree, StaticTree

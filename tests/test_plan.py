@@ -19,7 +19,7 @@ from flax import nnx
 
 from jeagle import cli
 from jeagle.cache import KVCache
-from jeagle.config import ConfigError, EagleConfig, Llama4Config, LlamaConfig
+from jeagle.config import ConfigError, EagleConfig, LlamaConfig
 from jeagle.devices import DEVICES
 from jeagle.eagle import EagleHead
 from jeagle.floor import Job, expected_experts
@@ -40,6 +40,7 @@ from jeagle.footprint import (
 from jeagle.fp8 import FP8
 from jeagle.llama import Llama
 from jeagle.llama4 import Llama4
+from jeagle.llama4_config import Llama4Config
 from jeagle.placement import placements, repeat_kv_heads
 from jeagle.plan import Plan, by_batch, check_fits, make_plan, with_draft
 from jeagle.published import MEASURED

@@ -16,11 +16,12 @@ from helpers import fill_randomly, tiny_llama
 from jeagle import LLM, SamplingParams, sharding
 from jeagle.checkpoint import abstract, load_eagle, load_llama
 from jeagle.checkpoint_writer import save
-from jeagle.config import EagleConfig, Llama4Config, LlamaConfig
+from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.llama4_config import Llama4Config
 from jeagle.placement import place, repeat_kv_heads, variables
 from jeagle.sampling import Filters, RowSampling, choose, logprobs, seed_keys
 from jeagle.sharding import Layout, Rules, make_mesh

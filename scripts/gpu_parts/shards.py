@@ -13,10 +13,11 @@ from typing import Any
 
 from gpu_parts.rows import Rows, Settings
 from gpu_parts.steps import Subject, contexts, pieces
-from jeagle.config import EagleConfig, Llama4Config, LlamaConfig
+from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.devices import DEVICES
 from jeagle.floor import Forward, Job
 from jeagle.footprint import CACHE_FORMATS, FORMATS, Split
+from jeagle.llama4_config import Llama4Config
 from jeagle.plan import make_plan
 from jeagle.sizes import head_for, size
 from jeagle.tree import StaticTree
