@@ -100,6 +100,14 @@ class BlockConfig:
         """G = N / K."""
         return self.num_heads // self.num_kv_heads
 
+    def kv_copies(self, devices: int) -> int | None:
+        """r: how often each kv head is repeated, the fewest times, so that ``devices`` share K*r of them evenly and
+        its G query heads are dealt to its copies evenly. None where no r does both: ``devices`` do not divide N."""
+        for copies in range(1, self.queries_per_kv + 1):
+            if self.num_kv_heads * copies % devices == 0 and self.queries_per_kv % copies == 0:
+                return copies
+        return None
+
     def to_json(self) -> dict[str, Any]:
         return {"family": self.family, **dataclasses.asdict(self)}
 

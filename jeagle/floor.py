@@ -7,7 +7,7 @@ For B rows of T positions over a context of S, in seconds on each device:
     KV           bytes of the keys and values that B rows see / bandwidth; min(S, chunk) of them in chunked layers
     compute      operations of all products / the tensor cores' peak for the weights' format
     collectives  per all-reduce a latency and 2 (n-1)/n of its bytes / link bandwidth; two per block, one for the
-                 embedding, one for the choice over the split vocabulary
+                 embedding, one for the choice over the split vocabulary; a split head's fc has one more
 
     forward  =  max(weights + KV, compute) / efficiency  +  collectives
 
@@ -18,18 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
 from jeagle.devices import Device
-from jeagle.footprint import Format, PlanError, Split, Weight, head_weights, position_bytes, target_weights
+from jeagle.footprint import FORMATS, Format, PlanError, Split, Weight, head_weights, position_bytes, target_weights
 from jeagle.llama4_config import Llama4Config
 
 if TYPE_CHECKING:
     from jeagle.tree import TreePlan
 
-__all__ = ["Forward", "Job", "draft_forwards", "expected_experts", "target_forward", "weights_of", "weights_of_head"]
+__all__ = ["Forward", "Job", "draft_forwards", "expected_experts", "target_forward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,13 @@ class Job:
     head: EagleConfig | None  # None: plain decoding
     device: Device
     split: Split
-    format: Format  # of the target's weights
-    draft_format: Format
-    cache_format: Format  # of both caches
-    batch: int  # rows over all data shards
+    format: Format = FORMATS["bfloat16"]  # of the target's weights
+    draft_format: Format = FORMATS["bfloat16"]
+    cache_format: Format = FORMATS["bfloat16"]  # of both caches
+    batch: int = 1  # rows over all data shards
     context: int  # cache positions per row: prompt, output and the tree's root
     tree: TreePlan | None
-    tokens_per_call: float  # bonus token included, as ``RequestMetrics`` counts; 1 without a head
+    tokens_per_call: float = 1.0  # bonus token included, as ``RequestMetrics`` counts; 1 without a head
     efficiency: float = 1.0  # share of bandwidth and peak that is reached
     memory_fraction: float = 0.9  # of a device's memory: the rest is for CUDA, NCCL's buffers and prefill's temporaries
     link_latency: float | None = None  # seconds per all-reduce; None: the device's
@@ -207,7 +206,7 @@ def target_forward(job: Job, name: str, nodes: int) -> Forward:
     # The embedding, two per block, and the choice: of each position a number and an id from every shard.
     messages: list[float] = [activations for _ in range(2 * config.num_layers + 1)]
     messages.append(positions * 8 * tensor)
-    weights = weights_of(config, job.split)
+    weights = target_weights(config, job.split)
     call = _Call(
         name=name,
         model=config,
@@ -228,8 +227,8 @@ def draft_forwards(job: Job) -> Iterator[Forward]:
     config, tree, split = job.head, job.tree, job.split.of_draft
     assert config is not None and tree is not None
     frontiers = [tree.max_depth + 1, *(level.frontier_size for level in tree.levels[:-1])]
-    own = weights_of_head(config, job.split)
-    borrowed = [] if config.own_lm_head else [w for w in weights_of(job.target, job.split) if w.kind == "lm_head"]
+    own = head_weights(config, job.split)
+    borrowed = [] if config.own_lm_head else [w for w in target_weights(job.target, job.split) if w.kind == "lm_head"]
     for i, (level, frontier) in enumerate(zip(tree.levels, frontiers, strict=True)):
         positions, scored = job.rows * frontier, job.rows * (1 if i == 0 else frontier)
         # EAGLE-3 fuses the target's taps once per round; the others mix embedding and feature at every step.
@@ -252,13 +251,3 @@ def draft_forwards(job: Job) -> Iterator[Forward]:
             messages=[*embedding, *blocks, *choice] if job.split.tensor > 1 else [],
         )
         yield _forward(job, call)
-
-
-@cache
-def weights_of(config: LlamaConfig, split: Split) -> list[Weight]:
-    return target_weights(config, split)
-
-
-@cache
-def weights_of_head(config: EagleConfig, split: Split) -> list[Weight]:
-    return head_weights(config, split)

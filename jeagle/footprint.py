@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
@@ -131,18 +131,14 @@ def num_bytes(weights: Iterable[Weight], format: Format) -> int:
 
 
 def repeated(config: BlockConfig, tensor: int) -> int:
-    """r: how often each kv head is repeated so that ``tensor`` devices share K*r of them evenly, the fewest times.
-
-    The G query heads of a kv head must be dealt to its copies evenly. Raises PlanError where no r does both.
-    """
-    for copies in range(1, config.queries_per_kv + 1):
-        if config.num_kv_heads * copies % tensor == 0 and config.queries_per_kv % copies == 0:
-            return copies
-    # Some r does exactly where the devices divide K*G.
-    raise PlanError(
-        f"a tensor axis of {tensor} devices does not divide the {config.num_heads} query heads; choose one that does, "
-        "or use --data-parallel"
-    )
+    """``BlockConfig.kv_copies``. Raises PlanError where there are none."""
+    copies = config.kv_copies(tensor)
+    if copies is None:
+        raise PlanError(
+            f"a tensor axis of {tensor} devices does not divide the {config.num_heads} query heads; choose one that "
+            "does, or use --data-parallel"
+        )
+    return copies
 
 
 def _divided(what: str, width: int, parts: int) -> int:
@@ -223,7 +219,8 @@ def _experts(config: Llama4Config, split: Split) -> list[Weight]:
     ]
 
 
-def target_weights(config: LlamaConfig, split: Split) -> list[Weight]:
+@cache
+def target_weights(config: LlamaConfig, split: Split) -> tuple[Weight, ...]:
     """Every weight of a target. Raises PlanError when ``split`` does not divide its heads, MLPs or experts."""
     D, L, tensor = config.width, config.num_layers, split.tensor
     V = _padded(config.vocab_size, tensor)
@@ -239,10 +236,11 @@ def target_weights(config: LlamaConfig, split: Split) -> list[Weight]:
     ]
     if not config.tie_embeddings:
         weights.append(vocabulary(name="lm_head", kind="lm_head"))
-    return weights
+    return tuple(weights)
 
 
-def head_weights(config: EagleConfig, split: Split) -> list[Weight]:
+@cache
+def head_weights(config: EagleConfig, split: Split) -> tuple[Weight, ...]:
     """Every weight of an EAGLE head, without what it borrows of the target. Raises PlanError as ``target_weights``."""
     D, L, tensor = config.width, config.num_layers, split.of_draft.tensor
     concat = config.fusion == "concat"
@@ -278,7 +276,7 @@ def head_weights(config: EagleConfig, split: Split) -> list[Weight]:
     if config.reduced_vocabulary:
         W = _padded(config.draft_vocab_size, tensor)
         weights.append(Weight(name="draft_to_target", numbers=W, parts=tensor, number_bytes=4, kind="table"))
-    return weights
+    return tuple(weights)
 
 
 def position_bytes(config: BlockConfig, tensor: int, format: Format) -> int:

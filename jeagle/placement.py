@@ -22,14 +22,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from jeagle.config import BlockConfig
 from jeagle.sharding import Axes, Layout, MeshError
-from jeagle.weights import FP8, Fp8, dtype_of, quantize, scale_of
+from jeagle.weights import dtype_of
 
 __all__ = [
     "Part",
@@ -39,7 +38,6 @@ __all__ = [
     "filled",
     "place",
     "placements",
-    "quantized",
     "repeat_kv_heads",
     "variables",
 ]
@@ -53,13 +51,13 @@ def repeat_kv_heads[Config: BlockConfig](config: Config, layout: Layout) -> Conf
     Raises MeshError where no number of copies does, as the query heads of a kv head must be dealt out evenly.
     """
     devices = layout.parts(config.kv_axis)
-    for copies in range(1, config.queries_per_kv + 1):
-        if config.num_kv_heads * copies % devices == 0 and config.queries_per_kv % copies == 0:
-            return dataclasses.replace(config, num_kv_heads=config.num_kv_heads * copies)
-    raise MeshError(
-        f"a tensor axis of {devices} devices does not divide {config.num_heads} query heads on {config.num_kv_heads} "
-        f"kv heads; choose a tensor_parallel_size that divides {config.num_heads}"
-    )
+    copies = config.kv_copies(devices)
+    if copies is None:
+        raise MeshError(
+            f"a tensor axis of {devices} devices does not divide {config.num_heads} query heads on "
+            f"{config.num_kv_heads} kv heads; choose a tensor_parallel_size that divides {config.num_heads}"
+        )
+    return dataclasses.replace(config, num_kv_heads=config.num_kv_heads * copies)
 
 
 @dataclass(frozen=True)
@@ -180,24 +178,6 @@ def _cut(value: np.ndarray, placement: Placement, index: Slices | None) -> np.nd
     assert index is not None
     part = placement.part(index)
     return part.join([value[slices] for slices in part.slices])
-
-
-def quantized[Model: nnx.Module](module: Model, compute: Any = None) -> Model:
-    """A float32 or bfloat16 target or head with FP8 matrices, which computes in ``compute`` (None: as before)."""
-    model: Any = module
-    dtype = Fp8(dtype_of(model) if compute is None else compute)
-    abstract = nnx.eval_shape(lambda: type(model)(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
-    weights, arrays = variables(module), {}
-    for path, variable in variables(abstract).items():
-        if path not in weights:
-            continue  # scales, made with their matrices
-        value = weights[path].get_value()
-        if variable.dtype == FP8:
-            number, scale = quantize(np.asarray(value), variable.get_metadata()["contracted"])
-            arrays[path], arrays[scale_of(path)] = jnp.asarray(number), jnp.asarray(scale)
-        else:
-            arrays[path] = value.astype(variable.dtype)
-    return filled(abstract, arrays)
 
 
 def filled(module: Any, arrays: Mapping[str, Any]) -> Any:

@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from jeagle.floor import (
-    Forward,
-    Job,
-    all_reduce_seconds,
-    draft_forwards,
-    target_forward,
-    weights_of,
-    weights_of_head,
+from jeagle.floor import Forward, Job, all_reduce_seconds, draft_forwards, target_forward
+from jeagle.footprint import (
+    FORMATS,
+    PAGE_SIZE,
+    Memory,
+    PlanError,
+    Split,
+    cache_bytes,
+    head_weights,
+    num_bytes,
+    target_weights,
+    temp_bytes,
 )
-from jeagle.footprint import FORMATS, PAGE_SIZE, Memory, PlanError, Split, cache_bytes, num_bytes, temp_bytes
 
 if TYPE_CHECKING:
     from jeagle.compile_only import Loop
@@ -139,8 +142,8 @@ def _memory(job: Job) -> Memory:
     rows, context, kept = job.rows, job.context, job.cache_format
     nodes = 1 if job.tree is None else job.tree.num_nodes
     return Memory(
-        weights=num_bytes(weights_of(job.target, split), job.format),
-        draft_weights=0 if head is None else num_bytes(weights_of_head(head, split), job.draft_format),
+        weights=num_bytes(target_weights(job.target, split), job.format),
+        draft_weights=0 if head is None else num_bytes(head_weights(head, split), job.draft_format),
         cache=cache_bytes(job.target, split.tensor, kept, rows, context),
         draft_cache=0 if head is None else cache_bytes(head, split.of_draft.tensor, kept, rows, context),
         temp=temp_bytes(job.target, split.tensor, job.format, rows * nodes),

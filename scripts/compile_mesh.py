@@ -23,6 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jeagle.plan_command import COMPILE_ENVIRONMENT
+
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("--models", nargs="*", default=["llama-3.3-70b", "llama-4-maverick"])
 parser.add_argument("--layers", type=int, default=4, help="of each model, the first ones")
@@ -33,7 +35,7 @@ parser.add_argument("--context", type=int, default=8192)
 parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
 parser.add_argument("--out", metavar="FILE.json")
 args = parser.parse_args()
-os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+os.environ.update(COMPILE_ENVIRONMENT)
 if args.plugin is not None:
     sys.path.insert(0, str(args.plugin.absolute()))
 
@@ -47,7 +49,7 @@ from jeagle.config import LlamaConfig
 from jeagle.decode import Program
 from jeagle.devices import DEVICES
 from jeagle.floor import Job
-from jeagle.footprint import CACHE_FORMATS, FORMATS, Split
+from jeagle.footprint import FORMATS, Split
 from jeagle.llama4_config import Llama4Config
 from jeagle.plan import Plan, make_plan
 from jeagle.sizes import head_for, size
@@ -86,12 +88,8 @@ def compiled(model: str, tree: str) -> dict[str, Any]:
         device=DEVICES[args.gpu],
         split=Split(tensor=args.devices),
         format=FORMATS[args.dtype],
-        draft_format=FORMATS["bfloat16"],
-        cache_format=CACHE_FORMATS["bfloat16"],
-        batch=1,
         context=args.context,
         tree=None if head is None else plan_of_tree,
-        tokens_per_call=1.0,
     )
     row: dict[str, Any] = dict(model=model, layers=target.num_layers, tree=tree, devices=args.devices, gpu=args.gpu)
     row |= {f.name: getattr(loop, f.name) for f in dataclasses.fields(loop) if f.name != "collectives"}

@@ -30,9 +30,9 @@ from jeagle.footprint import FORMATS, Split, head_weights, num_bytes, target_wei
 from jeagle.llama import Llama
 from jeagle.llama4 import Llama4
 from jeagle.llama4_config import Llama4Config
-from jeagle.placement import filled, place, placements, quantized, repeat_kv_heads, variables
+from jeagle.placement import filled, place, placements, repeat_kv_heads, variables
 from jeagle.sharding import Layout, Rules, make_mesh
-from jeagle.weights import FP8, Fp8, Matrix, product, quantize, scale_of
+from jeagle.weights import FP8, Fp8, Matrix, dtype_of, product, quantize, scale_of
 
 PROMPTS = [[5, 6, 7], [8], [9, 10] * 10, [3] * 5]
 PARAMS = [SamplingParams(max_tokens=12, temperature=t, seed=i) for i, t in enumerate((0.0, 0.8, 0.0, 1.0))]
@@ -62,6 +62,23 @@ def scaled(path: str, variable: nnx.Variable, weights: dict[str, nnx.Variable]) 
         return value
     contracted = variable.get_metadata()["contracted"]
     return value.astype(np.float64) * np.expand_dims(np.asarray(weights[scale_of(path)].get_value()), contracted)
+
+
+def quantized(module, compute=None):
+    """A float32 or bfloat16 model with FP8 matrices, which computes in ``compute`` (None: as before)."""
+    dtype = Fp8(dtype_of(module) if compute is None else compute)
+    abstract = nnx.eval_shape(lambda: type(module)(module.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    weights, arrays = variables(module), {}
+    for path, variable in variables(abstract).items():
+        if path not in weights:
+            continue  # scales, made with their matrices
+        value = weights[path].get_value()
+        if variable.dtype == FP8:
+            number, scale = quantize(np.asarray(value), variable.get_metadata()["contracted"])
+            arrays[path], arrays[scale_of(path)] = jnp.asarray(number), jnp.asarray(scale)
+        else:
+            arrays[path] = value.astype(variable.dtype)
+    return filled(abstract, arrays)
 
 
 def dequantized(module):

@@ -16,7 +16,7 @@ from gpu_parts.steps import Subject, contexts, pieces
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.devices import DEVICES
 from jeagle.floor import Forward, Job
-from jeagle.footprint import CACHE_FORMATS, FORMATS, Split
+from jeagle.footprint import Split
 from jeagle.llama4_config import Llama4Config
 from jeagle.plan import make_plan
 from jeagle.sizes import head_for, size
@@ -52,7 +52,6 @@ def whole_model(model: str, tiny: bool) -> tuple[LlamaConfig, EagleConfig]:
 def planned(model: str, context: int, tiny: bool) -> dict[tuple[str, int], Forward]:
     """The plan's forwards of the whole model on H100s; the draft step is the second of the round."""
     target, head = whole_model(model, tiny)
-    bfloat16 = FORMATS["bfloat16"]
     plan = make_plan(
         Job(
             name=model,
@@ -60,13 +59,8 @@ def planned(model: str, context: int, tiny: bool) -> dict[tuple[str, int], Forwa
             head=head,
             device=DEVICES["h100"],
             split=Split(tensor=DEVICES_IN_ALL),
-            format=bfloat16,
-            draft_format=bfloat16,
-            cache_format=CACHE_FORMATS["bfloat16"],
-            batch=1,
             context=context,
             tree=StaticTree.chain(DRAFTS),
-            tokens_per_call=1.0,
         )
     )
     return dict(zip(STEPS, (plan.plain, plan.verify, plan.drafts[1]), strict=True))
