@@ -17,8 +17,8 @@ from jeagle import vocabulary
 from jeagle.attention import attend
 from jeagle.cache import KVCache, NewKV, Prefix
 from jeagle.config import EagleConfig
-from jeagle.layers import STREAM, Block, LayerAttend, Linear, RMSNorm, lm_head, rope_angles
-from jeagle.llama import Llama, View
+from jeagle.layers import STREAM, Block, LayerAttend, Linear, RMSNorm, lm_head
+from jeagle.llama import FullRope, Llama, View
 from jeagle.sharding import constrain
 from jeagle.weights import Matrix, make_matrix
 
@@ -35,7 +35,7 @@ class HeadForward(NamedTuple):
     new_kv: list[NewKV]  # per layer (k_BTKH, v_BTKH) of the T positions
 
 
-class EagleHead(nnx.Module):
+class EagleHead(FullRope, nnx.Module):
     def __init__(self, config: EagleConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         D, eps = config.width, config.norm_eps
@@ -84,21 +84,10 @@ class EagleHead(nnx.Module):
             else None
         )
 
-    # What a family of heads may do its own way, block by block (llama4.py).
+    # With ``FullRope``'s, what a family of heads may do its own way (llama4.py).
 
     def make_block(self, index: int, *, input_width: int, attn_norm: bool, dtype: Any, rngs: nnx.Rngs) -> Block:
         return Block(self.config, input_width=input_width, attn_norm=attn_norm, dtype=dtype, rngs=rngs)
-
-    def places(self, position_BT: jax.Array) -> list[Any]:
-        """Per block, what its ``place`` takes."""
-        return [rope_angles(self.config, position_BT)] * self.config.num_layers
-
-    def views(self, full: View, position_BT: jax.Array, key_position_BU: jax.Array) -> list[View]:
-        """Per block, what its queries see of ``full``."""
-        return [full] * self.config.num_layers
-
-    def check_chunk(self, positions: int) -> None:
-        """Raises ValueError where prompts cannot be filled in chunks of so many positions."""
 
     def fuse(self, feature_BTX: jax.Array) -> jax.Array:
         """What the target hands over [B, T, X] to the head's feature [B, T, D]. EAGLE-1 takes it as it is."""

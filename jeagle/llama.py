@@ -20,7 +20,7 @@ from jeagle.config import LlamaConfig
 from jeagle.layers import Block, LayerAttend, RMSNorm, lm_head, rope_angles
 from jeagle.weights import Matrix, make_matrix
 
-__all__ = ["Forward", "Llama", "View"]
+__all__ = ["Forward", "FullRope", "Llama", "View"]
 
 
 class Forward(NamedTuple):
@@ -38,7 +38,25 @@ class View(NamedTuple):
     prefix: Prefix
 
 
-class Llama(nnx.Module):
+class FullRope:
+    """Where the blocks of a target or a head are and what they see, block by block: everywhere rotary embedding and the
+    whole context. Llama 4 does it its own way (``llama4.IRope``)."""
+
+    config: Any
+
+    def places(self, position_BT: jax.Array) -> list[Any]:
+        """Per block, what its ``place`` takes: made once per forward and shared."""
+        return [rope_angles(self.config, position_BT)] * self.config.num_layers
+
+    def views(self, full: View, position_BT: jax.Array, key_position_BU: jax.Array) -> list[View]:
+        """Per block, what its queries see of ``full``. key_position_BU: the positions of the suffix's keys."""
+        return [full] * self.config.num_layers
+
+    def check_chunk(self, positions: int) -> None:
+        """Raises ValueError where prompts cannot be filled in chunks of so many positions."""
+
+
+class Llama(FullRope, nnx.Module):
     """``dtype``: of all weights, or ``weights.Fp8``."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -63,25 +81,14 @@ class Llama(nnx.Module):
         """The embedding [V, D]."""
         return Matrix.of(self.embed, self.embed_scale)
 
-    # What a family of targets may do its own way, block by block (llama4.py).
+    # With ``FullRope``'s, what a family of targets may do its own way (llama4.py).
 
     def make_block(self, index: int, *, dtype: Any, rngs: nnx.Rngs) -> Block:
         return Block(self.config, dtype=dtype, rngs=rngs)
 
-    def places(self, position_BT: jax.Array) -> list[Any]:
-        """Per block, what its ``place`` takes: made once per forward and shared."""
-        return [rope_angles(self.config, position_BT)] * self.config.num_layers
-
-    def views(self, full: View, position_BT: jax.Array, key_position_BU: jax.Array) -> list[View]:
-        """Per block, what its queries see of ``full``. key_position_BU: the positions of the suffix's keys."""
-        return [full] * self.config.num_layers
-
     def room_B(self, length_B: jax.Array) -> jax.Array | None:
         """How many positions from ``length`` on one forward may hold, int32; None where there is no limit."""
         return None
-
-    def check_chunk(self, positions: int) -> None:
-        """Raises ValueError where prompts cannot be filled in chunks of so many positions."""
 
     def __call__(
         self,

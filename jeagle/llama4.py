@@ -62,7 +62,7 @@ class Llama4Block(Block):
 
 
 class IRope:
-    """What a target and a head of Llama 4 share: where their blocks are and what they see."""
+    """What a target and a head of Llama 4 share: where blocks are and what they see (Llama's: ``FullRope``)."""
 
     config: Any
 
