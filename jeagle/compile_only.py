@@ -53,9 +53,6 @@ TARGETS = {
 }
 
 
-RULES = Rules()
-
-
 class CannotCompile(RuntimeError):
     """This machine lacks what compiling for a GPU needs; one sentence says what."""
 
@@ -105,7 +102,7 @@ def compile_loop(
     program: Program,
     mesh: Mesh,
     *,
-    rules: Rules = RULES,
+    rules: Rules = Rules(),
     dtype: Any = jnp.bfloat16,
     kv_cache_dtype: Any = None,
     batch: int = 1,

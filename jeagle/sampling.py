@@ -208,10 +208,7 @@ def _weights(x: jax.Array, vocab: Across) -> jax.Array:
     return (e * (127 * 2.0**50 / (high * 2.0**13 + low))).astype(jnp.int32)
 
 
-WHOLE = Across(None)
-
-
-def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters, vocab: Across = WHOLE) -> jax.Array:
+def warp(logits_BTV: jax.Array, rows: RowSampling, filters: Filters, vocab: Across = Across(None)) -> jax.Array:
     """Temperature, then top-k, top-p, min-p: HF's order. Dropped tokens become -inf. Greedy rows pass unchanged.
 
     logits_BTV: all of a vocabulary, or the part of it that ``vocab`` says this shard has.

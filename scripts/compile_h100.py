@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from bench_decode import make_batch
 from common import environment, write_result
-from flax import nnx
 from h100 import CannotCompile, Compiled, compile_for_h100, python_for_h100
 from rich import box
 from rich.console import Console
@@ -38,12 +37,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from jeagle.attention import IMPLEMENTATIONS
+from jeagle.checkpoint import abstract
 from jeagle.config import EagleConfig
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
-from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
-from jeagle.llama import Llama
 from jeagle.llama4_config import Llama4Config
 from jeagle.sizes import size
 from jeagle.tree import OFF, DynamicTree, TreePlan
@@ -121,14 +119,9 @@ def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[s
     capacity *= 2 if fp8 else 1  # as many bytes
     config = dataclasses.replace(size("llama-3.1-8b"), num_layers=layers)
 
-    def modules() -> tuple[Llama, EagleHead]:
-        head = EagleConfig.for_target(config, "eagle3", draft_vocab_size=32000)
-        return (
-            Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
-            EagleHead(head, dtype=jnp.bfloat16, rngs=nnx.Rngs(1)),
-        )
-
-    decoder = Decoder(*nnx.eval_shape(modules), kv_cache_dtype=FP8 if fp8 else None)
+    head = EagleConfig.for_target(config, "eagle3", draft_vocab_size=32000)
+    models = abstract(config, jnp.bfloat16), abstract(head, jnp.bfloat16)
+    decoder = Decoder(*models, kv_cache_dtype=FP8 if fp8 else None)
     program = Program(plan=plan, attention=attention)
     batch = make_batch(1, [1] * 40, 8)
     state = jax.eval_shape(

@@ -23,6 +23,7 @@ import jax
 from jax.sharding import use_abstract_mesh
 
 from jeagle.compile_only import CannotCompile, absent_mesh
+from jeagle.plan_command import COMPILE_ENVIRONMENT
 from jeagle.sharding import replicated
 
 __all__ = ["CannotCompile", "Compiled", "Kernel", "compile_for_h100", "python_for_h100"]
@@ -81,8 +82,7 @@ def python_for_h100(
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",  # no GPU client is created
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # of CUDA's libraries, which compiling does not need
+        **COMPILE_ENVIRONMENT,
         "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from a cache was not seen by ptxas
         "MOSAIC_GPU_DUMP_PTXAS": "1",  # Mosaic runs a ptxas of its own; its words come on stdout
         "JAX_TRITON_DUMP_DIR": str(directory / "triton"),
