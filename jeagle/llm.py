@@ -64,6 +64,7 @@ class LLM:
         "fp8_e4m3"), for the target's cache and the head's.
       tensor_parallel_size: devices that share every layer. data_parallel_size: groups of them that share the rows.
       draft_sharding: "tensor" splits the head as it does the target, "replicated" gives it to every device whole.
+      expert_sharding: of Llama 4's routed experts, "mlp" splits each, "experts" deals whole ones out.
       attention: implementation, see ``jeagle.attention``. sampler: likewise, see ``jeagle.sampling.choose``.
       cache_dir: where conversions and compiled programs are kept; None takes $JEAGLE_CACHE or ~/.cache/jeagle.
 
@@ -86,6 +87,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
         draft_sharding: str = "tensor",
+        expert_sharding: str = "mlp",
         attention: str = "auto",
         sampler: str = "auto",
         cache_dir: str | Path | None = None,
@@ -108,7 +110,7 @@ class LLM:
         attention_registry.resolve(attention)
         if resolve_sampler(sampler) == "pallas" and tensor_parallel_size > 1:
             raise ValueError("sampler 'pallas' reads whole vocabularies; with tensor_parallel_size > 1 use 'xla'")
-        rules = Rules.choose(draft=draft_sharding)
+        rules = Rules.choose(draft=draft_sharding, experts=expert_sharding)
         many = data_parallel_size * tensor_parallel_size > 1
         layout = Layout(make_mesh(data_parallel_size, tensor_parallel_size), rules) if many else None
         plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)

@@ -33,6 +33,7 @@ __all__ = [
     "constrain",
     "data_mesh",
     "fetch",
+    "is_axes",
     "make_mesh",
     "replicated",
     "rows_first",
@@ -157,7 +158,7 @@ def split_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def fetch(tree: Any) -> Any:
     """Arrays as numpy on every process, wherever their parts lie. Copies: the arrays may be donated later."""
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        return jax.tree.map(np.array, tree)
+        return jax.tree.map(np.array, jax.device_get(tree))  # device_get starts all copies before it waits for one
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
