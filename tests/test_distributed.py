@@ -29,10 +29,6 @@ jax.config.update("jax_num_cpu_devices", 4)
 from jeagle import LLM, SamplingParams, distributed
 process, port, target, head = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 distributed.connect(f"127.0.0.1:{port}", 2, process, heartbeat_seconds=10)
-import tensorstore as ts
-def bytes_read():
-    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    return sum(value["value"] for metric in metrics for value in metric["values"])
 llm = LLM(target, head, %(options)s, tensor_parallel_size=4, data_parallel_size=2)
 def ids():
     outputs = llm.generate(%(prompts)s, [SamplingParams(**p) for p in %(params)s], use_tqdm=False)

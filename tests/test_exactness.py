@@ -217,7 +217,7 @@ def test_fp8_caches() -> None:
     bench, target = Bench(kv_cache_dtype=FP8), markov_target(attention=0.12)
     head = markov_head(target)
 
-    @settings(max_examples=24)
+    @settings(max_examples=40)
     @given(batches())
     def check(batch: Batch) -> None:
         plain = bench.run(None, batch, OFF, target=target)
