@@ -23,7 +23,6 @@ __all__ = ["IMPLEMENTATIONS", "Experts", "resolve", "route", "run_experts"]
 
 BLOCK = 64  # most rows of one GEMM: enough to be bound by arithmetic, few enough that padding blocks waste little
 
-
 GATE_UP: Axes = ("experts", "width", None, "expert_mlp")
 DOWN: Axes = ("experts", "expert_mlp", "width")
 
