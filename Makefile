@@ -38,8 +38,8 @@ demo: $(INSTALLED)
 # On the newest JAX only the tests run: its annotations are not what mypy was pinned against. Two processes, a file of
 # tests each: most of the time is XLA compiling, on one core. Of the files below it is nearly all, as each of their many
 # programs runs for milliseconds: those are compiled without LLVM's optimisations, in a third less time.
-COMPILING := $(patsubst %,tests/test_%.py,bench_train distributed fp8_weights grouped_mlp llama4 loop sharding train_head \
-	training unroll)
+COMPILING := $(patsubst %,tests/test_%.py,bench_train distributed exactness fp8_weights grouped_mlp llama4 llm loop sharding \
+	train_head training unroll)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: $(INSTALLED) $(if $(filter pinned,$(JAX)),lint)
@@ -53,7 +53,7 @@ test-h100-compile: $(INSTALLED)
 		version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)'); \
 		echo "Fetching jax-cuda13-plugin $$version into $(H100) ..."; \
 		$(PIP) install --no-deps --target $(H100) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version || rm -rf $(H100); }
-	JEAGLE_H100_PLUGIN=$(H100) PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_h100_compile.py
+	JEAGLE_H100_PLUGIN=$(H100) PYTHONPATH=$(abspath $(TRITON)) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_h100_compile.py tests/test_mesh_compile.py
 
 # In a folder of their own too, as the wheels are larger than all that jeagle needs. The versions are those tested.
 test-triton: $(INSTALLED)

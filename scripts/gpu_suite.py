@@ -12,6 +12,7 @@
                   what one of eight devices computes of 70B and Maverick
     4  generate   transformers with a static cache, compiled, and jeagle on the same shapes
     5  smollm2    from end to end, plain and speculative in turns
+    6  mesh       a round over all devices, under each of XLA's options for collectives
 
 A part runs in processes of its own and writes DIR/<part>.json row by row (DIR/<part>.log has what they complain of); a
 part that fails or runs out of time says so and the others still run. Rows of a file are not measured again, errors are
@@ -48,6 +49,16 @@ COMMAND_BUFFERS = {
     # The loop is two commands, and XLA makes no buffer of fewer than five: without the second flag this means none.
     "+WHILE": ["--xla_gpu_enable_command_buffer=+WHILE", "--xla_gpu_graph_min_graph_size=1"],
 }
+ONE_SHOT = "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=true"
+CAPTURED = ["--xla_gpu_enable_command_buffer=+WHILE,+COLLECTIVES", "--xla_gpu_graph_min_graph_size=1"]
+COLLECTIVES = {
+    "default": [],
+    "one-shot all-reduce": [ONE_SHOT],
+    "+WHILE": COMMAND_BUFFERS["+WHILE"],
+    "+WHILE,+COLLECTIVES": CAPTURED,
+    "one-shot all-reduce, +WHILE,+COLLECTIVES": [ONE_SHOT, *CAPTURED],
+}
+FLAGS = COMMAND_BUFFERS | COLLECTIVES  # a variant that is named here runs with these
 
 
 class Part(NamedTuple):
@@ -66,6 +77,7 @@ PARTS = (
     Part(3, "shards"),
     Part(4, "generate", ("torch", "jax")),
     Part(5, "smollm2"),
+    Part(6, "mesh", tuple(COLLECTIVES)),
 )
 
 
@@ -98,7 +110,7 @@ def run_part(part: Part, args: argparse.Namespace) -> None:
     deadline, path = time.monotonic() + args.seconds, part_file(args.out, part.name)
     if args.retry and path.exists():
         update_part(path, rows=[row for row in read_part(path).get("rows", []) if row["status"] != "crashed"])
-    for variant in part.variants[-1:] if args.tiny and part.name == "loop" else part.variants:
+    for variant in part.variants[-1:] if args.tiny and part.name in ("loop", "mesh") else part.variants:
         crashed = -1
         while crashed < (crashed := num_crashed(path)):
             left = deadline - time.monotonic()
@@ -117,7 +129,7 @@ def run_process(part: str, variant: str, args: argparse.Namespace, seconds: floa
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(args.out), "--part", part]
     command += ["--variant", variant, "--seconds", f"{seconds:.0f}", "--attention", args.attention]
     command += ["--smollm2", str(args.smollm2), *["--tiny"] * args.tiny]
-    flags = [os.environ.get("XLA_FLAGS", ""), *COMMAND_BUFFERS.get(variant, [])]
+    flags = [os.environ.get("XLA_FLAGS", ""), *FLAGS.get(variant, [])]
     flags += ["--xla_backend_optimization_level=0"] * args.tiny  # compiling is all that tiny programs cost
     defaults = dict(
         XLA_PYTHON_CLIENT_PREALLOCATE="false",  # what a part needs, and no more

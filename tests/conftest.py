@@ -19,6 +19,9 @@ from filelock import FileLock
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 ROOT = Path(__file__).resolve().parent.parent
 
+# Random weights compile in a third of the time. (Decoding's noise is a hash of its own, not JAX's.)
+jax.config.update("jax_default_prng_impl", "rbg")
+
 # Conversions and compiled programs that LLM keeps: not in the user's own cache, but warm for the next local run.
 os.environ.setdefault("JEAGLE_CACHE", str(ROOT / ".pytest_cache" / "jeagle"))
 

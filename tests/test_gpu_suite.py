@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,15 @@ def suite(out: Path, *arguments: str) -> int:
 
 def read(out: Path, part: str) -> dict:
     return json.loads((out / f"{part}.json").read_text())
+
+
+def test_every_part_has_a_table():
+    assert report.TABLES.keys() == {part.name for part in gpu_suite.PARTS}
+    row = dict(what="round", shape="8B over 8", implementation="pallas", tree="off", status="measured")
+    rounds = [row | dict(flags=flags, seconds=s) for flags, s in (("default", 2e-3), ("one-shot all-reduce", 1.5e-3))]
+    console = Console(width=120, record=True)
+    console.print(report.TABLES["mesh"](dict(rows=rounds)))
+    assert re.search(r"one-shot all-reduce +1.500 +0.75", console.export_text())
 
 
 def test_suite(tmp_path, capfd, monkeypatch):

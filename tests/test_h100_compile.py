@@ -42,7 +42,6 @@ def programs() -> list[dict]:
     return json.loads(run.stdout.splitlines()[-1])["programs"]
 
 
-@pytest.mark.xdist_group("one")
 def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs):
     kernels = [row for row in programs if "B" in row and "refused" not in row]
     assert {(row["B"], row["T"], row["pages"]) for row in kernels} >= {
@@ -54,7 +53,6 @@ def test_an_attention_layer_is_at_most_two_launches_and_nothing_spills(programs)
         assert row["registers"] > 0, row  # ptxas was heard
 
 
-@pytest.mark.xdist_group("one")
 def test_a_layer_of_experts_is_two_launches_beside_its_blocks_and_nothing_spills(programs):
     rows = [row for row in programs if "E" in row]
     assert {(row["E"], row["m"]) for row in rows} == {(E, m) for E in (16, 128) for m in (1, 4, 64)}
@@ -64,7 +62,6 @@ def test_a_layer_of_experts_is_two_launches_beside_its_blocks_and_nothing_spills
         assert min(row["programs"]) >= 128, row  # of 132 multiprocessors
 
 
-@pytest.mark.xdist_group("one")
 def test_batch_one_fills_the_multiprocessors(programs):
     for row in programs:
         if row["what"] == "pallas" and row["B"] == 1 and row["K"] == 8:
@@ -72,7 +69,6 @@ def test_batch_one_fills_the_multiprocessors(programs):
             assert x * y * z >= 132, row
 
 
-@pytest.mark.xdist_group("one")
 def test_the_loop_updates_its_cache_in_place_as_one_graph(programs):
     loops = [row for row in programs if "loop" in row["what"]]
     names = {row["what"] for row in loops}
@@ -119,27 +115,3 @@ def test_schedules_are_read(h100):
     assert kernels[1] == h100.Kernel("tree_attention", (8, 1, 32), 128, 9, True, True)
     inside = "000: kCommandBuffer [source | sink]\n" + "".join(f"    {line}\n" for line in SCHEDULE.splitlines())
     assert h100._read_schedule(inside)[1]
-
-
-@pytest.fixture(scope="module")
-def mesh_programs() -> list[dict]:
-    """Four layers of each model on eight GPUs (scripts/compile_mesh.py)."""
-    if not Path(PLUGIN or ".none", "jax_plugins").exists():
-        pytest.skip("compiling for GPUs takes jax-cuda13-plugin: make test-h100-compile fetches it")
-    run = subprocess.run(
-        [sys.executable, str(SCRIPTS / "compile_mesh.py"), "--plugin", PLUGIN], capture_output=True, text=True
-    )
-    if run.returncode == 2:
-        pytest.skip(run.stderr[-300:])
-    assert run.returncode in (0, 1), run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])["programs"]
-
-
-@pytest.mark.xdist_group("mesh")
-def test_eight_gpus_hold_what_the_plan_says_and_gather_nothing_large(mesh_programs):
-    assert [(row["model"], row["tree"]) for row in mesh_programs] == [
-        (model, tree) for model in ("llama-3.3-70b", "llama-4-maverick") for tree in ("plain", "chain-3")
-    ]
-    for row in mesh_programs:
-        assert not row["faults"], row
-        assert sum(c["count"] for c in row["collectives"]) >= 2 * row["layers"], row  # they were seen

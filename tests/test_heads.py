@@ -74,11 +74,12 @@ def test_decoding_accepts_what_training_says_it_will(smollm2_dir):
     asked = ["What is the capital of France?", "Write a haiku about the sea."]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     outs = llm.chat([[{"role": "user", "content": text}] for text in asked], params, use_tqdm=False)
-    target, head = load_llama(smollm2_dir), load_eagle(heads.find(NAME), dtype="float32")
-    id_W = np.asarray(head.draft_to_target[...])
+    models = load_llama(smollm2_dir), load_eagle(heads.find(NAME), dtype="float32")
+    id_W = np.asarray(models[1].draft_to_target[...])
 
-    @jax.jit
-    def best_drafts(rows):
+    @nnx.jit  # weights as arguments: as constants of the program they would take a minute to compile
+    def best_drafts(models, rows):
+        target, head = models
         feature_BTX = target.run(rows.token_BT, rows.position_BT, packed_attention(rows), taps=head.config.taps)[1]
         hidden = [h for _, h in unroll(head, target, rows, feature_BTX, DEPTH)]
         return [jnp.argmax(head.logits(h, target), axis=-1) for h in hidden]
@@ -90,7 +91,7 @@ def test_decoding_accepts_what_training_says_it_will(smollm2_dir):
         token_T[: len(tokens)] = tokens
         here_T = np.arange(96) < len(tokens)
         rows = Rows(token_T[None], here_T[None].astype(np.int32), np.arange(96, dtype=np.int32)[None], here_T[None])
-        draft_kT = [id_W[np.asarray(x[0])] for x in best_drafts(rows)]
+        draft_kT = [id_W[np.asarray(x[0])] for x in best_drafts(models, rows)]
         emitted, index = 0, len(out.prompt_token_ids) - 2  # the root is the prompt's last token, after this position
         while emitted < params.max_tokens:
             kept = 0

@@ -166,6 +166,17 @@ def smollm2_table(part: Part) -> Table:
     return table
 
 
+def mesh_table(part: Part) -> Table:
+    table = new_table("shape", "tree", "attention", "XLA's options", "ms per round", "over default")
+    for row in part["rows"]:
+        usual = seconds(part, shape=row["shape"], tree=row["tree"], flags="default")
+        figures = show(row.get("seconds") and row["seconds"] * 1e3, "{:.3f}"), show(over(row.get("seconds"), usual))
+        table.add_row(
+            row["shape"], row["tree"], row["implementation"], row["flags"], figures[0] or row["status"], figures[1]
+        )
+    return table
+
+
 def targets(results: dict[str, Part]) -> Iterator[tuple[str, float, float | None, bool]]:
     """(what, wanted, measured, whether more is better), for one H100, bf16, batch 1, the 8B shape."""
     steps, attention, loop = (results.get(name, {}) for name in ("steps", "attention", "loop"))
@@ -229,6 +240,7 @@ TABLES = dict(
     shards=shards_table,
     generate=generate_table,
     smollm2=smollm2_table,
+    mesh=mesh_table,
 )
 
 

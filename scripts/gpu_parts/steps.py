@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from bench_decode import STEPS, draft_steps, make_batch, verify_steps
 from flax import nnx
 
@@ -24,7 +25,9 @@ from jeagle.checkpoint import abstract
 from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Decoder
-from jeagle.eagle import TokenMap
+from jeagle.placement import filled as module_of
+from jeagle.placement import placements, repeat_kv_heads
+from jeagle.sharding import Layout
 from jeagle.sizes import size
 from jeagle.tree import OFF, StaticTree, Tree, TreePlan, ancestor_mask
 from jeagle.verify import accept
@@ -39,26 +42,30 @@ def config_of(shape: str) -> LlamaConfig:
     return LlamaConfig.tiny(head_dim=16, num_layers=1) if shape == "tiny" else size(SHAPES[shape])
 
 
-def with_random_weights(config: BlockConfig) -> Any:
-    """A bf16 model that is never initialised twice over, as float32 and random bits would be."""
-    module = abstract(config, jnp.bfloat16)
-    for seed, (_, variable) in enumerate(nnx.iter_graph(module)):
-        if isinstance(variable, nnx.Param):
-            variable.set_value(filled(variable.shape, jnp.bfloat16, seed, 0.05))
-        elif isinstance(variable, TokenMap):
-            variable.set_value(jnp.arange(variable.size, dtype=jnp.int32))
-    return module
+def with_random_weights(config: BlockConfig, layout: Layout | None = None) -> Any:
+    """A bf16 model that is never initialised twice over, as float32 and random bits would be; each device makes its
+    own part."""
+    stored = abstract(config, jnp.bfloat16)
+    module = stored if layout is None else abstract(repeat_kv_heads(config, layout), jnp.bfloat16)
+    arrays = {}
+    for seed, (path, placed) in enumerate(placements(stored, module, layout).items()):
+        if jnp.issubdtype(placed.dtype, jnp.integer):  # a TokenMap
+            make = partial(jnp.arange, placed.shape[0], dtype=placed.dtype)
+        else:
+            make = partial(filled, placed.shape, placed.dtype, seed, 0.05)
+        arrays[path] = jax.jit(make, out_shardings=placed.sharding)()
+    return module_of(module, arrays)
 
 
 class Subject:
     """A target of random weights and a head for it, ready to decode."""
 
-    def __init__(self, config: LlamaConfig, head_config: EagleConfig, settings: Settings):
-        require_memory(2 * config.num_parameters * 5 // 4)
-        target = with_random_weights(config)
-        self.head = with_random_weights(head_config)
+    def __init__(self, config: LlamaConfig, head_config: EagleConfig, settings: Settings, layout: Layout | None = None):
+        require_memory(2 * config.num_parameters * 5 // 4 // (1 if layout is None else layout.mesh.size))
+        target = with_random_weights(config, layout)
+        self.head = with_random_weights(head_config, layout)
         self.config, self.attention, self.contexts = config, settings.attention, contexts(settings)
-        self.decoder = Decoder(target, self.head)
+        self.decoder = Decoder(target, self.head, layout=layout)
         self.definitions = tuple(nnx.graphdef(m) for m in (target, self.head))
         self.params = self.decoder.params
         self.weight_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params[0]))
@@ -74,7 +81,7 @@ class Subject:
         state = self.decoder.start(make_batch(1, [10], NEVER), self.program(plan), capacity=capacity, chunk=64)
         draft = state.draft
         if draft is not None:
-            draft = dataclasses.replace(draft, cache=full(draft.cache), count_B=jnp.ones(1, jnp.int32))
+            draft = dataclasses.replace(draft, cache=full(draft.cache), count_B=self.decoder.put(np.ones(1, np.int32)))
         return dataclasses.replace(state, cache=full(state.cache), draft=draft)
 
 
@@ -90,7 +97,7 @@ def contexts(settings: Settings) -> tuple[int, ...]:
 
 
 def full(pages: KVCache) -> KVCache:
-    return jax.tree.map(lambda x: filled(x.shape, x.dtype), pages)
+    return jax.tree.map(lambda x: jax.jit(partial(filled, x.shape, x.dtype), out_shardings=x.sharding)(), pages)
 
 
 class Timed:
