@@ -13,7 +13,8 @@ import pytest
 from helpers import tiny_llama
 
 from jeagle.checkpoint import load_eagle
-from jeagle.config import EagleConfig
+from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.llama4_config import Llama4Config
 from jeagle.training.documents import DataError, Document
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Loader, Rows, pack
@@ -27,7 +28,7 @@ from jeagle.training.recipe import (
     RunRecipe,
     load_recipe,
 )
-from jeagle.training.run import load_documents
+from jeagle.training.run import check_length, load_documents
 from jeagle.training.trainer import Trainer, TrainingError
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
@@ -303,6 +304,13 @@ def test_recipes_are_read_and_wrong_ones_named(tmp_path):
             load(text)
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         load_recipe(tmp_path / "none.toml")
+
+
+def test_documents_stay_within_an_attention_chunk():
+    check_length(recipe(), LlamaConfig.tiny())
+    check_length(recipe(), Llama4Config.tiny(attention_chunk=LENGTH))
+    with pytest.raises(RecipeError, match=f"pack_length is {LENGTH}, but tiny attends in chunks of 16 positions"):
+        check_length(recipe(), Llama4Config.tiny(attention_chunk=16))
 
 
 def test_initial_heads_take_the_targets_weights():

@@ -15,6 +15,7 @@ from jeagle.config import LlamaConfig
 from jeagle.decoder import check_pair
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.llama4_config import Llama4Config
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.text import Tokenizer, load_tokenizer, vocabulary_hash
 from jeagle.training.documents import DataError, Document, fingerprint, read_documents
@@ -24,7 +25,7 @@ from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
-__all__ = ["Run", "first_head", "load_documents", "prepare"]
+__all__ = ["Run", "check_length", "first_head", "load_documents", "prepare"]
 
 
 class Run(NamedTuple):
@@ -47,6 +48,7 @@ def prepare(
     cache = cache_directory()
     target_dir = locate(recipe.target, cache, kind="llama")
     target = load_llama(target_dir, dtype=recipe.run.dtype)
+    check_length(recipe, target.config)
     tokenizer = load_tokenizer(target_dir)
     learnt, measured = load_documents(recipe, target.config, tokenizer)
     options: Any = dict(long_documents=recipe.data.long_documents)
@@ -70,6 +72,17 @@ def prepare(
         f"{head.config.draft_vocab_size} ({inside:.1%} of the answers' tokens)"
     )
     return Run(trainer, source, summary)
+
+
+def check_length(recipe: Recipe, target: LlamaConfig) -> None:
+    """Raises RecipeError where a document could cross a border of the target's attention chunks: a row of training
+    sees all of its document."""
+    chunk = target.attention_chunk if isinstance(target, Llama4Config) else None
+    if chunk is not None and recipe.data.pack_length > chunk:
+        raise RecipeError(
+            f"data.pack_length is {recipe.data.pack_length}, but {recipe.target} attends in chunks of {chunk} "
+            f"positions; choose at most {chunk}"
+        )
 
 
 def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) -> tuple[list[Document], list[Document]]:
