@@ -75,8 +75,8 @@ def split_rounds(row: dict[str, Any], verify: float) -> None:
 
 
 def print_table(console, runs: list[dict[str, Any]], title: str) -> None:
-    names = ("batch", "first token ms", "ms per token", "p99", "tokens/s", "speed-up", "tokens a call", "of the floor")
-    names += ("memory MB", "compile s")
+    names = ["batch", "first token ms", "ms per token", "p99", "tokens/s", "speed-up", "tokens a call", "of the floor"]
+    names += ["memory MB", "compile s"]
     table: Table = new_table("tree", *names, "kept ≥ 1, 2, ..", title=title, right=names)
     for run in runs:
         ms = run["ms_per_token"]
@@ -100,9 +100,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     for tree in trees:
         mine = sorted((run for run in runs if run["tree"] == tree), key=lambda run: run["batch"])
         medians = [run["speedup"]["median"] for run in mine]
-        about = [
-            [abs(run["speedup"][q] - run["speedup"]["median"]) for run in mine] for q in ("quartile_1", "quartile_3")
-        ]
+        quartiles = [[run["speedup"][name] for run in mine] for name in ("quartile_1", "quartile_3")]
+        about = np.abs(np.array(quartiles) - medians)
         at = [run["batch"] for run in mine]
         speed.errorbar(at, medians, yerr=about, marker="o", capsize=3, color=colour[tree], label=tree)
         if acceptance := mine[0]["acceptance_per_position"]:

@@ -25,11 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from reporting import check_outputs, make_console, new_table
-
+# Only the standard library up here: what the measured process imports for its own sake would count as Python's start.
 PHASES = ("python", "import", "restore", "trace", "compile", "run")
 
 
@@ -59,7 +59,7 @@ def first_piece(options: dict[str, Any]) -> dict[str, float]:
     compiled = sum(compiling) - before
     # The programs' own seconds are tracing and compiling; small ones outside them are compiled as well.
     trace = max(0.0, sum(p.seconds for p in llm.compiled_programs) - compiled)
-    spent = [b - a for a, b in zip(marks, marks[1:])]
+    spent = [b - a for a, b in pairwise(marks)]
     return dict(zip(PHASES, [*spent, trace, compiled, end - marks[-1] - trace - compiled], strict=True))
 
 
@@ -76,6 +76,7 @@ def start(options: dict[str, Any], cache: str | None) -> dict[str, float]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from common import environment, spread
+    from reporting import check_outputs
 
     if args.repeats < 1:
         raise ValueError("--repeats must be at least 1")
@@ -95,6 +96,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
+    from reporting import make_console, new_table
+
     table = new_table("cache", *PHASES, "first word after", title=f"{result['model']}, seconds", right=PHASES)
     medians = {name: found["median"] for name, found in result["phases"].items()}
     for name, run in (("cold", result["cold"]), ("warm, median", medians)):

@@ -5,8 +5,8 @@
 Three things, at batch 1, plain and (with a draft) speculative:
 
     host     the share of generate's decode time that is spent outside the device loop
-    length   tokens per second of the last tokens of a long answer over those of a short one: --long and --short tokens,
-             in turns. A cache has room for the longest, so both attend to what they have written so far
+    length   decode tokens per second of answers of --long tokens over those of answers of --short ones, in turns; each
+             in the cache that LLM gives a request of its length
     memory   bytes held after each of --requests requests of different lengths, one after the other; the growth is that
              from the end of the first quarter, when every shape has been compiled, to the last request
 

@@ -150,7 +150,7 @@ def chat_in_pairs(
     for messages, p in zip(tqdm(conversations, desc="in pairs", disable=None), params, strict=True):
         for speculative in (False, True):
             run = partial(llm.chat, messages, p, speculative=speculative, use_tqdm=False)
-            answers[speculative] += compiled_before(llm, run)
+            answers[speculative].extend(compiled_before(llm, run))
     return answers
 
 

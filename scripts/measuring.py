@@ -78,7 +78,7 @@ def target_bytes(target: Llama) -> int:
 def head_bytes(head: EagleHead, target: Llama) -> int:
     """Weights that one step of the head reads, those of a borrowed LM head among them."""
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(head)))
-    if head.config.own_embedding:
+    if head.embed is not None:
         weights -= head.embed[...].nbytes
     if not head.config.own_lm_head:
         weights += (target.embed if target.lm_head is None else target.lm_head)[...].nbytes

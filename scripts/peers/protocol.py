@@ -5,8 +5,8 @@
     {"do": "generate", "prompts": [[ids], ...], "max_tokens": 64, "lookup": 0}
         -> {"ids": [[...], ...], "seconds": 1.5}: greedy, EOS ignored, the time of the whole call
 
-Anything else that goes wrong is {"error": "one sentence"}; the worker lives on and ends with its standard input. lookup:
-drafts of so many tokens taken from the prompt (prompt lookup), 0 none.
+Anything else that goes wrong is {"error": "one sentence"}; the worker lives on and ends with its standard input.
+lookup: drafts of so many tokens taken from the prompt (prompt lookup), 0 none.
 """
 
 import json
