@@ -43,9 +43,9 @@ def first_piece(options: dict[str, Any]) -> dict[str, float]:
 
     compiling: list[float] = []
 
-    def note(event: str, seconds: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiling.append(seconds)
+            compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     marks.append(time.time())

@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,8 @@ def long_and_short(llm: LLM, speculative: bool, long: int, short: int, repeats: 
     for _ in tqdm(range(repeats), desc="lengths", disable=None):
         for tokens, found in rates.items():
             params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-            outputs = compiled_before(
-                llm, lambda params=params: llm.generate(prompt, params, speculative=speculative, use_tqdm=False)
-            )
+            run = partial(llm.generate, prompt, params, speculative=speculative, use_tqdm=False)
+            outputs = compiled_before(llm, run)
             found.append(tokens_per_second(outputs, prefill=False))
     ratios = [a / b for a, b in zip(rates[long], rates[short], strict=True)]
     return dict(

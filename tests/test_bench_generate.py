@@ -10,8 +10,9 @@ from pathlib import Path
 import helpers
 import pytest
 import tiny_tokenizer
-from reciter import reciting_pair
+from reciter import make_head, reciting_pair
 
+from jeagle import EagleConfig
 from jeagle.checkpoint_writer import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import bench_generate
 import bench_start
 import bench_steady
+import common
 import measuring
 
 
@@ -62,10 +64,10 @@ def test_generate(run, files, tmp_path):
     """A head that is always right: what a chain of 2 gives is known, and so is what runs take part in."""
     pytest.importorskip("matplotlib")
     picture = tmp_path / "generate.png"
-    options = ["--draft", files["head"], "--prompts", files["prompts"], "--tree", "chain-2", "--batch", "1", "2"]
+    options = ["--draft", files["head"], "--prompts", files["prompts"], "--tree", "chain-2", "--batch", "2"]
     options += ["--max-tokens", "12", "--repeats", "2", "--phases", "--picture", str(picture)]
     result, printed = run(bench_generate, files["target"], *options)
-    assert [(r["batch"], r["tree"]) for r in result["runs"]] == [(b, t) for b in (1, 2) for t in ("plain", "chain-2")]
+    assert [(r["batch"], r["tree"]) for r in result["runs"]] == [(2, "plain"), (2, "chain-2")]
     for row in result["runs"]:
         speculative = row["tree"] == "chain-2"
         assert row["requests"] == row["equal_texts"] == 2 * row["batch"]
@@ -75,13 +77,13 @@ def test_generate(run, files, tmp_path):
         assert set(row["ms_per_token_by_phase"]) == {"prefill", "verify", "draft", "outside"}
         assert row["ms_per_token"]["median"] <= row["ms_per_token"]["p99"] and row["share_of_floor"] > 0
         assert row["peak_memory_MB"] > 1
-    assert [r["speedup"]["median"] for r in result["runs"][::2]] == [1, 1]
+    assert result["runs"][0]["speedup"] == dict.fromkeys(common.spread([1]), 1)
     assert "SYNTHETIC" not in printed and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_forced_acceptance_is_said(run, files):
-    options = ["--random-lengths", "3", "9", "--tree", "chain-3", "--max-tokens", "20", "--repeats", "1"]
-    result, printed = run(bench_generate, files["target"], *options, "--synthetic-acceptance", "4", "--eos")
+    options = ["--random-lengths", "3", "9", "--tree", "chain-2", "--batch", "2", "--max-tokens", "20"]
+    result, printed = run(bench_generate, files["target"], *options, "--repeats", "1", "--synthetic-acceptance", "4")
     assert result["synthetic_acceptance"] == result["runs"][1]["synthetic_acceptance"] == [1, 1, 1]
     assert "SYNTHETIC ACCEPTANCE 1.000 1.000 1.000" in printed and "SYNTHETIC" in result["title"]
     assert result["runs"][0]["synthetic_acceptance"] is None
@@ -126,10 +128,11 @@ def test_refused(files, monkeypatch, capsys, options, message):
 
 def test_bytes_read():
     """Tied weights are read whole, an untied embedding by the row; a borrowed LM head is read with the head."""
-    for tie in (True, False):
-        target = helpers.tiny_llama(tie_embeddings=tie)
-        D, V, blocks = target.config.width, target.config.vocab_size, target.config.num_parameters
-        whole = 4 * blocks
-        assert measuring.target_bytes(target) == whole - (0 if tie else 4 * D * V)
-    head = measuring.random_head(target)
-    assert measuring.head_bytes(head, target) > 4 * D * V
+    for tied in (True, False):
+        target = helpers.tiny_llama(tie_embeddings=tied)
+        table = 4 * target.config.width * target.config.vocab_size
+        assert measuring.target_bytes(target) == 4 * target.config.num_parameters - (0 if tied else table)
+    own, borrowed = (
+        make_head(EagleConfig.for_target(target.config, "eagle3", own_lm_head=own)) for own in (True, False)
+    )
+    assert measuring.head_bytes(own, target) == measuring.head_bytes(borrowed, target)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import report
 
@@ -71,6 +70,5 @@ def test_synthetic_and_missing_are_said():
     assert "| transformers, batch 2 | 5.0 tokens/s; jeagle is 0.50x (0.45 to 0.55) as fast |" in said
     run = dict(batch=1, temperature=0.0, tree="chain-3", tokens_per_second=5.0, tokens_per_call=2.8, speedup=HALF)
     generate = dict(result, script="bench_generate", runs=[run | dict(share_of_floor=0.25)])
-    assert "chain-3, synthetic acceptance of 1.8 tokens per call | 5.0 tokens/s, 2.80" in report.section(
-        {"g": generate}
-    )
+    said = report.section({"generate.json": generate})
+    assert "chain-3, synthetic acceptance of 1.8 tokens per call | 5.0 tokens/s, 2.80" in said

@@ -27,6 +27,8 @@ def serve(load):
             if request["do"] == "load":
                 generate, versions = load(request)
                 answer = {"versions": versions}
+            elif generate is None:
+                answer = {"error": "nothing is loaded"}
             else:
                 began = time.perf_counter()
                 ids = generate(request["prompts"], request["max_tokens"], request["lookup"])
