@@ -46,14 +46,16 @@ serve(load)
 
 @pytest.fixture(scope="module")
 def target():
-    return helpers.tiny_llama(vocab_size=VOCAB_SIZE, max_position=256, eos_token_ids=(EOS,), tie_embeddings=True)
+    return helpers.tiny_llama(
+        vocab_size=VOCAB_SIZE, num_layers=1, max_position=256, eos_token_ids=(EOS,), tie_embeddings=True
+    )
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, target) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("peers")
     checkpoint = save(target, directory / "target", extra_files=tiny_tokenizer.tokenizer_files())
-    head = save(make_head(EagleConfig.for_target(target.config, "eagle3")), directory / "head")
+    head = save(make_head(EagleConfig.for_target(target.config, "meta")), directory / "head")
     (directory / "questions.jsonl").write_text("\n".join(json.dumps({"turns": [t]}) for t in ("ab", "again", "c")))
     (directory / "fake.py").write_text(FAKE.format(protocol=str(Path(bench_peers.__file__).parent / "peers")))
     paths = dict(hf=directory / "hf", gguf=directory / "all.gguf", checkpoint=checkpoint, head=head)
@@ -85,10 +87,10 @@ def run(files, monkeypatch, capsys, *options: str) -> dict:
 def test_turns_ratios_and_what_is_missing(files, monkeypatch, capsys):
     """A fake transformers takes part, its lookup fails, vLLM is not installed; the table and the JSON say so."""
     monkeypatch.setitem(bench_peers.PEERS, "transformers", str(files["fake"]))
-    options = ("--batch", "1", "2", "--peers", "transformers", "vllm")
+    options = ("--peers", "transformers", "vllm")
     result = run(files, monkeypatch, capsys, *options)
-    assert result["peer_versions"] == {"transformers": {"fake": "1.0", "rows": 2}}
-    assert [r["batch"] for r in result["runs"]] == [1, 2]
+    assert result["peer_versions"] == {"transformers": {"fake": "1.0", "rows": 1}}
+    assert [r["batch"] for r in result["runs"]] == [1]
     for one in result["runs"]:
         rows = {row["name"]: row for row in one["contenders"]}
         assert list(rows) == ["jeagle", "jeagle, speculative", "transformers", bench_peers.LOOKUP, "vllm"]
@@ -111,6 +113,16 @@ def test_a_package_that_is_missing_and_a_process_that_dies(files, tmp_path):
     worker = bench_peers.Worker(sys.executable, dead)
     with pytest.raises(bench_peers.Missing, match="failed: the process ended with exit code 3"):
         worker.ask(do="load")
+    worker.close()
+
+
+def test_who_takes_one_prompt_at_a_time_says_so():
+    contender = bench_peers.Contender("one", lambda prompts: ([[1, 2] for _ in prompts], 0.5), most_rows=1)
+    for rows, status, rates in ((2, "takes 1 prompt at a time", []), (1, "measured", [4.0])):
+        contender.reset(rows)
+        for counts in (False, True):
+            contender.take_turn([[5]] * rows, counts=counts)
+        assert (contender.status, contender.rates) == (status, rates)
 
 
 def test_interpreters_and_equal_tokens():
