@@ -15,7 +15,7 @@ where the cache of compiled programs was warm). Without --draft an untrained hea
     speed-up       tokens/s over plain's in the same repeat: the median, and its spread in the JSON
     tokens a call  emitted tokens over target forwards, bonus token included; acceptance as in eval_acceptance.py
     of the floor   time that a round takes at least (weights of the target once and of the head once per draft step, at
-                   the bandwidth measured in this run) over the time it took
+                   the bandwidth measured at the end of this run) over the time it took
     memory         most bytes held so far: of the device where it says so, else of the process
 
 --phases also times the verification of each tree alone (bench_decode.py's) and splits rounds into it and the rest: the
@@ -208,12 +208,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= dict(max_tokens=args.max_tokens, repeats=args.repeats, stops_at_eos=args.eos, seed=args.seed)
     result |= dict(prompts=args.prompts or f"random, {args.random_lengths[0]} to {args.random_lengths[1]} tokens")
     result |= dict(synthetic_acceptance=profile, prompt_tokens=spread([len(p) for p in prompts]), runs=[])
-    read, per_step = target_bytes(target), head_bytes(head, target)
-    speed = 0.0
-    console = make_console()
     for temperature in args.temperature:
         for batch in args.batch:
-            speed = max(speed, bandwidth(repeats=1))
             asked = [[prompts[(r * batch + i) % len(prompts)] for i in range(batch)] for r in range(args.repeats)]
             common = dict(max_tokens=args.max_tokens, temperature=temperature, ignore_eos=not args.eos)
             params = [
@@ -225,20 +221,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for repeat in tqdm(range(args.repeats), desc=f"batch {batch}, temperature {temperature:g}", disable=None):
                 for engine in engines:
                     engine.run(asked[repeat], params[repeat])
-            rows = []
             for engine in engines:
-                steps = engine.llm.plan.max_depth if engine.speculative else 0
-                row = figures(engine, engines[0], (read + steps * per_step) / speed)
+                row = dict(batch=batch, temperature=temperature, **figures(engine, engines[0]))
                 if args.phases:
                     nodes = engine.llm.plan.num_nodes if engine.speculative else 1
-                    taps = head.config.taps if engine.speculative else ()
-                    split_rounds(row, verify_ms(target, taps, nodes, batch))
-                rows.append(dict(batch=batch, temperature=temperature, **row))
-            result["runs"] += rows
-            result |= dict(bandwidth_GBps=speed / 1e9, weights_MB=read / 1e6, head_MB=per_step / 1e6)
-            print_table(console, rows, f"{heading}, batch {batch}, temperature {temperature:g}")
+                    split_rounds(row, verify_ms(target, head.config.taps if engine.speculative else (), nodes, batch))
+                result["runs"].append(row)
             if args.out:
                 write_result(args.out, result)
+    # Last, as its arrays would count as memory that generating takes.
+    speed, read, per_step = bandwidth(), target_bytes(target), head_bytes(head, target)
+    result |= dict(bandwidth_GBps=speed / 1e9, weights_MB=read / 1e6, head_MB=per_step / 1e6)
+    for row in result["runs"]:
+        row["share_of_floor"] = (read + row["draft_steps"] * per_step) / speed / (row["round_ms"] / 1e3)
+    if args.out:
+        write_result(args.out, result)
+    for temperature in args.temperature:
+        rows = [row for row in result["runs"] if row["temperature"] == temperature]
+        print_table(make_console(), rows, f"{heading}, temperature {temperature:g}")
     if args.picture:
         draw(args.picture, result)
     return result

@@ -55,7 +55,7 @@ class Engine:
         return [n / seconds for n, seconds in zip(tokens, self.seconds, strict=True)]
 
 
-def figures(engine: Engine, plain: Engine, floor_seconds: float) -> dict[str, Any]:
+def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
     """A row of the table, of one engine at one batch size and temperature."""
     requests = [o.metrics for outputs in engine.outputs for o in outputs]
     batches = [[o.metrics for o in outputs] for outputs in engine.outputs]
@@ -81,7 +81,7 @@ def figures(engine: Engine, plain: Engine, floor_seconds: float) -> dict[str, An
         acceptance_per_position=total.acceptance_per_position,
         acceptance_histogram=total.acceptance_histogram,
         round_ms=round_seconds * 1e3,
-        share_of_floor=floor_seconds / round_seconds,
+        draft_steps=engine.llm.plan.max_depth if engine.speculative else 0,
         ms_per_token_by_phase=dict(
             prefill=prefill / tokens * 1e3,
             rounds=decode / tokens * 1e3,
