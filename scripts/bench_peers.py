@@ -134,6 +134,8 @@ def ours(llm: LLM, max_tokens: int, speculative: bool) -> Callable[[Ids], tuple[
 def theirs(worker: Worker, max_tokens: int, lookup: int) -> Callable[[Ids], tuple[Ids, float]]:
     def run(prompts: Ids) -> tuple[Ids, float]:
         answer = worker.ask(do="generate", prompts=prompts, max_tokens=max_tokens, lookup=lookup)
+        if short := [len(ids) for ids in answer["ids"] if len(ids) != max_tokens]:
+            raise Missing(f"failed: emitted {short[0]} tokens, not {max_tokens}")
         return answer["ids"], answer["seconds"]
 
     return run

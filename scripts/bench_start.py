@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--tree", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--prompt", default="Why is the sky blue?")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=256, help="as the command has it; not all are waited for")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="also once with an empty cache of compiled programs")
     parser.add_argument("--out", type=Path, metavar="FILE.json")

@@ -111,7 +111,7 @@ def test_start(run, files, monkeypatch):
     began: list[dict] = []
     start = bench_start.start
     monkeypatch.setattr(bench_start, "start", lambda *given: began[0] if began else began.append(start(*given)))
-    result, printed = run(bench_start, files["target"], "--repeats", "1")
+    result, printed = run(bench_start, files["target"], "--repeats", "1", "--max-tokens", "60")
     assert list(result["phases"]) == list(bench_start.PHASES) and result["cold"] is None
     total = sum(found["median"] for found in result["phases"].values())
     assert result["seconds"]["median"] == pytest.approx(total) and total > 0.5

@@ -13,6 +13,8 @@ def load(request):
     dtype = getattr(torch, request["dtype"])
     model = transformers.AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype, local_files_only=True)
     model = model.to(device).eval()
+    # EOS is a token like any other. Asked of generate, None would mean the model's own.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def generate(prompts, max_tokens, lookup):
@@ -27,7 +29,6 @@ def load(request):
                 attention_mask=mask,
                 do_sample=False,
                 max_new_tokens=max_tokens,
-                eos_token_id=None,  # EOS is a token like any other
                 pad_token_id=0,
                 **options,
             )
