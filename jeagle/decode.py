@@ -20,7 +20,7 @@ from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, choose
 from jeagle.sharding import rows_first, split
 from jeagle.tree import OFF, Tree, TreePlan
-from jeagle.verify import accept
+from jeagle.verify import accept, force
 
 __all__ = ["FINISH_REASONS", "DecodeState", "Logprobs", "Program", "launch", "round_step"]
 
@@ -36,6 +36,7 @@ class Program:
     num_logprobs: int | None = None  # None: no log-probabilities; n: the chosen token's and the n best
     attention: str = "auto"
     sampler: str = "auto"
+    profile: tuple[float, ...] | None = None  # for measuring only: acceptance as ``verify.force`` draws it
 
     @property
     def num_path(self) -> int:
@@ -119,7 +120,11 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     )
     logits_BTV = target.logits(forward.hidden_BTD)
     chosen_BT = choose(logits_BTV, position_BT + 1, state.sampling, program.filters, sampler=program.sampler)
-    path_BP, num_accepted_B = accept(tree, chosen_BT, program.num_path)
+    if program.profile is None:
+        path_BP, num_accepted_B = accept(tree, chosen_BT, program.num_path)
+    else:
+        seed_B2 = state.sampling.seed_B2
+        path_BP, num_accepted_B = force(tree, seed_B2, state.length_B, program.profile, program.num_path)
 
     # emit: the path's choices up to the first stop token. Stop comes before the length limit: an EOS in the last slot
     # is reported as a stop.

@@ -34,6 +34,7 @@ from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, TreePlan, parse_tree
+from jeagle.verify import check_profile
 
 __all__ = ["LLM"]
 
@@ -66,6 +67,8 @@ class LLM:
       draft_sharding: "tensor" splits the head as it does the target, "replicated" gives it to every device whole.
       expert_sharding: of Llama 4's routed experts, "mlp" splits each, "experts" deals whole ones out.
       attention: implementation, see ``jeagle.attention``. sampler: likewise, see ``jeagle.sampling.choose``.
+      synthetic_acceptance: for measuring only: the text is not the target's. Probabilities that a draft of depth 1, 2,
+        .. is kept given that the one before it was; see ``verify.force`` and ``verify.constant_profile``.
       cache_dir: where conversions and compiled programs are kept; None takes $JEAGLE_CACHE or ~/.cache/jeagle.
 
     Raises ValueError (CheckpointError, ConversionError among them) with one sentence that says what to mend.
@@ -90,6 +93,7 @@ class LLM:
         expert_sharding: str = "mlp",
         attention: str = "auto",
         sampler: str = "auto",
+        synthetic_acceptance: Sequence[float] | None = None,
         cache_dir: str | Path | None = None,
     ):
         for name, value in dict(
@@ -147,6 +151,7 @@ class LLM:
         self._rounds_per_launch = rounds_per_launch
         self._chunk = prefill_chunk
         self._attention, self._sampler = attention, sampler
+        self.synthetic_acceptance = None if synthetic_acceptance is None else check_profile(synthetic_acceptance)
         cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
         self._decoder = Decoder(target, head, page_size=page_size, kv_cache_dtype=cache_dtype, layout=layout)
         self.dtype = self._decoder.dtype
@@ -291,6 +296,8 @@ class LLM:
         )
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
         program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
+        if program.drafts:
+            program = dataclasses.replace(program, profile=self.synthetic_acceptance)
         return decoder.start(batch, program, capacity=shapes.capacity, chunk=shapes.chunk), program
 
     def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[Finished]:

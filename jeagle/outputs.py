@@ -35,6 +35,8 @@ class RequestMetrics:
     prefill_seconds: float
     decode_seconds: float
     tree: str = "off"
+    # The profile that acceptance was forced to (LLM's argument), else None. If set, the text is not the target's.
+    synthetic_acceptance: tuple[float, ...] | None = None
 
     @property
     def tokens_per_call(self) -> float:

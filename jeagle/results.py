@@ -30,6 +30,7 @@ class Finished:
     acceptance_P: np.ndarray
     seconds: tuple[float, float]
     tree: str
+    synthetic_acceptance: tuple[float, ...] | None
 
 
 def collect(
@@ -75,6 +76,7 @@ def collect(
                 acceptance_P=acceptance_BP[i],
                 seconds=seconds,
                 tree=f"{program.plan.num_nodes} nodes, depth {program.plan.max_depth}" if program.drafts else "off",
+                synthetic_acceptance=program.profile,
             )
         )
     return results
@@ -121,5 +123,6 @@ def request_output(
         prefill_seconds=max(f.seconds[0] for f in finished),
         decode_seconds=max(f.seconds[1] for f in finished),
         tree=finished[0].tree,
+        synthetic_acceptance=finished[0].synthetic_acceptance,
     )
     return RequestOutput(prompt, prompt_ids, completions, metrics)

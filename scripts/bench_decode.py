@@ -24,40 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 from common import environment, write_result
 from flax import nnx
+from measuring import bandwidth, host_share, make_batch, random_head, target_bytes
 
-from jeagle import LLM, EagleConfig, SamplingParams
+from jeagle import LLM
 from jeagle.cache import after, commit
 from jeagle.checkpoint import load_llama
 from jeagle.decode import DecodeState, Program
-from jeagle.decoder import Batch, Decoder
-from jeagle.eagle import EagleHead
+from jeagle.decoder import Decoder
 from jeagle.llama import Llama
-from jeagle.sampling import Filters, RowSampling, choose, seed_keys
+from jeagle.sampling import Filters, choose
 from jeagle.sizes import size
 from jeagle.tree import OFF, StaticTree, Tree, ancestor_mask
 from jeagle.verify import accept
 
 STEPS = 16  # per timed launch
-
-
-def random_head(target: Llama, seed: int = 0) -> EagleHead:
-    """An untrained EAGLE-3 head that borrows the target's LM head: it runs at full cost and rarely guesses right."""
-    config = EagleConfig.for_target(target.config, "eagle3", own_lm_head=False)
-    return EagleHead(config, dtype=target.embed[...].dtype, rngs=nnx.Rngs(seed))
-
-
-def bandwidth(repeats: int = 7) -> float:
-    """Bytes per second of reading 1 GB of float32: the better of numpy and XLA."""
-    host = np.ones(1 << 28, np.float32)
-    device = jnp.asarray(host)
-    xla_sum = jax.jit(jnp.sum)
-    best = np.inf
-    for _ in range(repeats):
-        for read in (lambda: float(host.sum()), lambda: float(xla_sum(device))):
-            began = time.perf_counter()
-            read()
-            best = min(best, time.perf_counter() - began)
-    return host.nbytes / best
 
 
 def chain_tree(state: DecodeState, num_nodes: int) -> Tree:
@@ -128,45 +108,6 @@ class Timed:
         self.best = min(self.best, (time.perf_counter() - began) / STEPS)
 
 
-def host_share(llm: LLM, prompt: list[int], tokens: int, repeats: int) -> dict:
-    """Share of generate's decode time outside the device loop.
-
-    Counted: everything between launches, and for every launch what one of no rounds costs (key, dispatch, return).
-    """
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    decoder, launch = llm._decoder, llm._decoder.launch
-    spent: list[float] = []
-
-    def timed_launch(state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
-        began = time.perf_counter()
-        state = jax.block_until_ready(launch(state, program, most_rounds))
-        spent.append(time.perf_counter() - began)
-        return state
-
-    llm.generate(prompt, params, speculative=False, use_tqdm=False)  # compiles
-    decoder.launch = timed_launch  # type: ignore[method-assign]
-    best = dict(host_share=1.0)
-    for _ in range(repeats):
-        spent.clear()
-        (out,) = llm.generate(prompt, params, speculative=False, use_tqdm=False)
-        whole, launches, in_launches = out.metrics.decode_seconds, len(spent), sum(spent)
-        bucket = next(p for p in llm.compiled_programs if p.name == "decode")
-        assert bucket.program is not None
-        state = decoder.start(make_batch(1, prompt, tokens), bucket.program, capacity=bucket.capacity, chunk=256)
-        for _ in range(5):
-            state = timed_launch(state, bucket.program, 0)
-        host = whole - in_launches + launches * min(spent[-5:])
-        if host / whole < best["host_share"]:
-            best = dict(tokens=tokens, launches=launches, generate_s=whole, host_ms=host * 1e3, host_share=host / whole)
-    return best
-
-
-def make_batch(rows: int, prompt: list[int], max_tokens: int) -> Batch:
-    sampling = RowSampling.stack([SamplingParams()] * rows, seed_keys(0, rows))
-    limits = np.full(rows, max_tokens, np.int32)
-    return Batch([np.array(prompt, np.int32)] * rows, sampling, np.full((rows, 4), -1, np.int32), limits)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="a converted checkpoint; without one, --shape with random weights")
@@ -207,9 +148,7 @@ def main() -> None:
         for each in timed.values():
             each.run()
 
-    weights = sum(x.nbytes for x in jax.tree.leaves(params[0]))
-    if target.lm_head is not None:
-        weights -= target.embed[...].nbytes  # an untied embedding is a look-up of a few rows
+    weights = target_bytes(target)
     floor = weights / speed
     plain = timed["verify_1"].best
     result: dict = dict(

@@ -10,21 +10,34 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from measuring import compiled_before
 from tqdm import tqdm
 
-from jeagle import LLM, RequestOutput, SamplingParams
+from jeagle import LLM, RequestMetrics, RequestOutput, SamplingParams
 from jeagle.inputs import Message
 
-__all__ = ["Question", "chat_in_pairs", "environment", "load_questions", "spread", "tokens_per_second", "write_result"]
+__all__ = [
+    "Question",
+    "chat_in_pairs",
+    "environment",
+    "load_questions",
+    "pooled",
+    "spread",
+    "tokens_per_second",
+    "write_result",
+]
 
 
 def environment() -> dict[str, Any]:
-    """command, device ("kind (machine, cores)"), jax (version), commit, load_average (processes, over the last minute).
+    """command, device ("kind (machine, cores)"), jax (version), versions (of what else matters), commit, load_average
+    (processes, over the last minute).
 
     commit is the abbreviated hash, with "-dirty" where tracked files had changed; None outside a git checkout. Ask at
     the start of a run: later the load average counts the run itself.
@@ -33,6 +46,7 @@ def environment() -> dict[str, Any]:
         command=shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         device=f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
         jax=jax.__version__,
+        versions=dict(python=platform.python_version()) | {name: version(name) for name in ("jaxlib", "flax", "numpy")},
         commit=_commit(),
         load_average=os.getloadavg()[0],
     )
@@ -62,9 +76,10 @@ def load_questions(path: str | Path, limit: int | None = None) -> list[Question]
     files are sorted by category. Example: 3 of 10 are those at 0, 3 and 6.
 
     A line is in EAGLE's and MT-bench's form, {"question_id": 81, "category": "writing", "turns": ["...", "..."]}, or a
-    conversation, {"messages": [{"role": ..., "content": ...}, ...]}, of which the system message and the user's turns
-    are taken: the assistant's words are for the model to find. Without a category the file's name is the category,
-    without an id the line's number. Raises ValueError with one sentence.
+    conversation, {"messages": [{"role": ..., "content": ...}, ...]} or ShareGPT's {"conversations": [{"from": "human",
+    "value": ...}, ...]}, of which the system message and the user's turns are taken: the assistant's words are for the
+    model to find. Without a category the file's name is the category, without an id the line's number. Raises
+    ValueError with one sentence.
     """
     path = Path(path)
     try:
@@ -89,18 +104,39 @@ def _question(line: str, path: Path, number: int) -> Question:
     system = None
     if isinstance(entry, dict):
         turns = entry.get("turns")
-        messages = entry.get("messages")
+        messages = entry.get("messages", _from_sharegpt(entry.get("conversations")))
         if turns is None and isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
             turns = [m.get("content") for m in messages if m.get("role") == "user"]
             system = next((m.get("content") for m in messages if m.get("role") == "system"), None)
     said = [*turns, *([] if system is None else [system])] if isinstance(turns, list) and turns else [None]
     if not all(isinstance(text, str) for text in said):
         raise ValueError(
-            f'{path}, line {number} needs "turns", a list of texts, or "messages", a list of roles and contents with '
-            "at least one user's"
+            f'{path}, line {number} needs "turns", a list of texts, "messages", a list of roles and contents with at '
+            'least one user\'s, or "conversations", a list of "from" and "value" with at least one human\'s'
         )
     category = str(entry.get("category", path.stem))
     return Question(number, entry.get("question_id", number), category, tuple(turns), system)
+
+
+def _from_sharegpt(said: Any) -> Any:
+    """Messages of a ShareGPT conversation; anything else is None."""
+    if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
+        return None
+    roles = {"human": "user", "user": "user", "system": "system"}
+    return [dict(role=roles.get(turn.get("from", ""), "assistant"), content=turn.get("value")) for turn in said]
+
+
+def pooled(metrics: Sequence[RequestMetrics]) -> RequestMetrics:
+    """Several answers' counts as one, so that every ratio is one of totals. Times are left out: rows share batches."""
+    return RequestMetrics(
+        num_rounds=sum(m.num_rounds for m in metrics),
+        num_emitted=sum(m.num_emitted for m in metrics),
+        acceptance_histogram=np.sum([m.acceptance_histogram for m in metrics], axis=0).tolist(),
+        prefill_seconds=0.0,
+        decode_seconds=0.0,
+        tree=metrics[0].tree,
+        synthetic_acceptance=metrics[0].synthetic_acceptance,
+    )
 
 
 def chat_in_pairs(
@@ -113,11 +149,8 @@ def chat_in_pairs(
     answers: tuple[list[RequestOutput], list[RequestOutput]] = ([], [])
     for messages, p in zip(tqdm(conversations, desc="in pairs", disable=None), params, strict=True):
         for speculative in (False, True):
-            before: int | None = None
-            while before != len(llm.compiled_programs):
-                before = len(llm.compiled_programs)
-                (output,) = llm.chat(messages, p, speculative=speculative, use_tqdm=False)
-            answers[speculative].append(output)
+            run = partial(llm.chat, messages, p, speculative=speculative, use_tqdm=False)
+            answers[speculative].extend(compiled_before(llm, run))
     return answers
 
 

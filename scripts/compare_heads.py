@@ -23,9 +23,7 @@ import numpy as np
 import optax
 from common import environment, write_result
 from flax import nnx
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from reporting import make_console, new_table
 from tqdm import tqdm
 
 from jeagle.checkpoint import load_llama
@@ -142,9 +140,8 @@ def main() -> int:
             found, before = variant.measure(batch, teacher), totals[text]
             totals[text] = found if before is None else jax.tree.map(np.add, before, found)
 
-    table = Table(title=f"held out, after {args.updates} updates", box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("variant", "loss", "agreement by depth", "alpha by depth", "tau, greedy", "tau, sampled"):
-        table.add_column(name)
+    names = ("variant", "loss", "agreement by depth", "alpha by depth", "tau, greedy", "tau, sampled")
+    table = new_table(*names, title=f"held out, after {args.updates} updates")
     results = []
     for text, total in totals.items():
         assert total is not None
@@ -152,7 +149,7 @@ def main() -> int:
         results.append({"variant": text, "head": dataclasses.asdict(recipes[text].head), **m})
         by_depth = (" ".join(f"{x:.3f}" for x in m[name]) for name in ("loss_by_depth", "match", "alpha"))
         table.add_row(text, *by_depth, f"{m['tau_greedy']:.3f}", f"{m['tau_sampled']:.3f}")
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    make_console().print(table)
     tokens = args.updates * base.run.rows * base.data.pack_length
     result = dict(
         script="compare_heads", **about, recipe=args.recipe, updates=args.updates, tokens=tokens, results=results

@@ -28,9 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_decode import make_batch
 from common import environment, write_result
 from h100 import CannotCompile, Compiled, compile_for_h100, python_for_h100
+from measuring import make_batch
 from rich import box
 from rich.console import Console
 from rich.markup import escape

@@ -38,12 +38,20 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from common import Question, chat_in_pairs, environment, load_questions, spread, tokens_per_second, write_result
-from rich import box
+from common import (
+    Question,
+    chat_in_pairs,
+    environment,
+    load_questions,
+    pooled,
+    spread,
+    tokens_per_second,
+    write_result,
+)
+from reporting import check_outputs, make_console, new_figure, new_table
 from rich.console import Console
-from rich.table import Table
 
-from jeagle import LLM, RequestMetrics, RequestOutput, SamplingParams
+from jeagle import LLM, RequestOutput, SamplingParams
 from jeagle.tree import parse_tree
 
 WHOLE = "whole file"
@@ -56,18 +64,6 @@ class Answer:
     question: Question
     speculative: RequestOutput
     plain: RequestOutput | None = None  # with --speed
-
-
-def pooled(metrics: Sequence[RequestMetrics]) -> RequestMetrics:
-    """Several answers' counts as one, so that every ratio is one of totals. Times are left out: rows share batches."""
-    return RequestMetrics(
-        num_rounds=sum(m.num_rounds for m in metrics),
-        num_emitted=sum(m.num_emitted for m in metrics),
-        acceptance_histogram=np.sum([m.acceptance_histogram for m in metrics], axis=0).tolist(),
-        prefill_seconds=0.0,
-        decode_seconds=0.0,
-        tree=metrics[0].tree,
-    )
 
 
 def figures(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -142,11 +138,8 @@ def rows(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def print_table(console: Console, run: dict[str, Any]) -> None:
     depth = len(run["whole"]["acceptance_per_position"])
-    table = Table(title=label(run), box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("category", no_wrap=True)
-    for name in ("answers", "tokens", "rounds", "tokens per call", *(f"kept ≥ {k}" for k in range(1, depth + 1))):
-        table.add_column(name, justify="right")
-    table.add_column("rounds that kept 0, 1, 2, ...")
+    numbers = ("answers", "tokens", "rounds", "tokens per call", *(f"kept ≥ {k}" for k in range(1, depth + 1)))
+    table = new_table("category", *numbers, "rounds that kept 0, 1, 2, ...", title=label(run), right=numbers)
     for name, row in rows(run).items():
         cells = [f"{row['answers']}", f"{row['tokens']}", f"{row['rounds']}", f"{row['tokens_per_call']:.2f}"]
         cells += [f"{share:.0%}" for share in row["acceptance_per_position"]]
@@ -166,24 +159,11 @@ def print_table(console: Console, run: dict[str, Any]) -> None:
         )
 
 
-def check_suffix(picture: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--picture needs matplotlib, which is not installed") from None
-    formats = Figure().canvas.get_supported_filetypes()
-    if picture.suffix[1:].lower() not in formats:
-        raise ValueError(f"--picture {picture} must end in one of .{', .'.join(sorted(formats))}")
-
-
 def draw(path: Path, runs: Sequence[dict[str, Any]], title: str) -> None:
     """Left: acceptance per position, a line per run. Right: tokens per call, a bar per category and run."""
-    from matplotlib.figure import Figure  # without pyplot: Agg draws, whatever display there is
-
     names = [*dict.fromkeys(c for run in runs for c in run["categories"]), WHOLE]
     bars = [(name, i, rows(run)[name]) for name in names for i, run in enumerate(runs) if name in rows(run)]
-    figure = Figure(figsize=(13, max(4.5, 1.8 + 0.2 * len(bars) + 0.15 * len(names))), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(title, 13, max(4.5, 1.8 + 0.2 * len(bars) + 0.15 * len(names)))
     curves, columns = figure.subplots(1, 2)
     for i, run in enumerate(runs):
         acceptance = run["whole"]["acceptance_per_position"]
@@ -244,11 +224,7 @@ def evaluate(args: argparse.Namespace) -> int:
         SamplingParams(max_tokens=args.max_tokens, temperature=temperature)
     trees = {name: parse_tree(name) for name in args.tree}
     files = {path: load_questions(path, args.limit) for path in args.prompts}
-    for path in filter(None, (args.out, args.picture)):
-        if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: {path.parent} is not a directory")
-    if args.picture:
-        check_suffix(args.picture)
+    check_outputs(args.out, args.picture)
 
     about = environment()
     llm = LLM(args.model, args.head, dtype=args.dtype, max_batch_size=args.batch)
@@ -266,7 +242,7 @@ def evaluate(args: argparse.Namespace) -> int:
         turns="all" if args.all_turns else "first",
         runs=runs,
     )
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console()
     for path, questions in files.items():
         for temperature in args.temperature:
             for name, plan in trees.items():

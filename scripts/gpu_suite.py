@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from common import environment
 from gpu_parts.report import print_report, wrong_checks
 from gpu_parts.rows import DeviceLost, OutOfTime, Rows, Settings, in_a_line, read_part, update_part
-from rich.console import Console
+from reporting import make_console
 
 from jeagle.attention import resolve
 from jeagle.locate import cache_directory
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if part.number in args.parts:
             run_part(part, args)
     results: dict[str, dict[str, Any]] = {part.name: read_part(part_file(args.out, part.name)) for part in PARTS}
-    print_report(Console(width=None if sys.stdout.isatty() else 160), results)
+    print_report(make_console(), results)
     wrong = wrong_checks(results["check"]) if 1 in args.parts else []
     for reason in wrong:
         print(f"gpu_suite: check failed: {reason}", file=sys.stderr)

@@ -185,14 +185,17 @@ def test_refused(files, monkeypatch, capsys, options, message):
 def test_questions_of_both_forms(tmp_path):
     path = tmp_path / "mixed.jsonl"
     messages = [("system", "recite"), ("user", "one"), ("assistant", "thrown away"), ("user", "two\u2028lines")]
+    shared = [("system", "be"), ("human", "four"), ("gpt", "thrown away"), ("human", "five")]
     lines = [
         {"messages": [{"role": role, "content": text} for role, text in messages]},
         {"turns": ["three"], "category": "math", "question_id": 7},
+        {"id": "s", "conversations": [{"from": who, "value": text} for who, text in shared]},
     ]
     path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
     assert common.load_questions(path) == [
         common.Question(1, 1, "mixed", ("one", "two\u2028lines"), "recite"),
         common.Question(3, 7, "math", ("three",)),
+        common.Question(5, 5, "mixed", ("four", "five"), "be"),
     ]
     path.write_text("\n".join(json.dumps({"turns": [str(i)]}) for i in range(10)))
     assert [q.line - 1 for q in common.load_questions(path, 3)] == [0, 3, 6]
@@ -210,6 +213,8 @@ def test_questions_of_both_forms(tmp_path):
         ('{"turns": "a"}', 'line 1 needs "turns"'),
         ('{"turns": ["a", 5]}', 'line 1 needs "turns"'),
         ('{"messages": ["a"]}', 'line 1 needs "turns"'),
+        ('{"conversations": [{"from": "gpt", "value": "a"}]}', 'line 1 needs "turns"'),
+        ('{"conversations": "a"}', 'line 1 needs "turns"'),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', 'line 1 needs "turns"'),
         ('{"messages": [{"role": "system", "content": 1}, {"role": "user", "content": "a"}]}', 'line 1 needs "turns"'),
         (b"\xff", "cannot read"),
@@ -227,6 +232,8 @@ def test_environment(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/where/bench.py", "--model", "a b"])
     here = common.environment()
     assert here["command"] == "python scripts/bench.py --model 'a b'"
-    assert set(here) == {"command", "device", "jax", "commit", "load_average"} and "cores)" in here["device"]
+    assert (
+        set(here) == {"command", "device", "jax", "versions", "commit", "load_average"} and "cores)" in here["device"]
+    )
     monkeypatch.setenv("PATH", "")
     assert common.environment()["commit"] is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
+from reporting import new_table
 from rich.console import Console
 from rich.table import Table
 
@@ -242,13 +242,6 @@ TABLES = dict(
     smollm2=smollm2_table,
     mesh=mesh_table,
 )
-
-
-def new_table(*names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    for name in names:
-        table.add_column(name)
-    return table
 
 
 def print_report(console: Console, results: dict[str, Part]) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from common import chat_in_pairs, load_questions, tokens_per_second
+from common import chat_in_pairs, load_questions, pooled, spread, tokens_per_second
 
 from gpu_parts.rows import Rows, Settings, Skip
 from gpu_parts.steps import config_of, with_random_weights
@@ -49,15 +48,15 @@ def in_pairs(make: Callable[[], tuple[LLM, Sequence[Any]]], tokens: int) -> dict
     params = [SamplingParams(max_tokens=tokens, ignore_eos=True)] * len(conversations)
     plain, speculative = chat_in_pairs(llm, conversations, params)
     each = [tokens_per_second([s]) / tokens_per_second([p]) for p, s in zip(plain, speculative, strict=True)]
-    metrics = [output.metrics for output in speculative]
+    total = pooled([output.metrics for output in speculative])
     same = [p.outputs[0].token_ids == s.outputs[0].token_ids for p, s in zip(plain, speculative, strict=True)]
     return dict(
         plain_tokens_per_second=tokens_per_second(plain),
         tokens_per_second=tokens_per_second(speculative),
         ratio=tokens_per_second(speculative) / tokens_per_second(plain),
-        ratio_of_pairs=dict(min=min(each), median=float(np.median(each)), max=max(each)),
-        tokens_per_call=sum(m.num_emitted for m in metrics) / sum(m.num_rounds for m in metrics),
-        draft_tree=metrics[0].tree,
+        ratio_of_pairs=spread(each),
+        tokens_per_call=total.tokens_per_call,
+        draft_tree=total.tree,
         same_text=sum(same),
         requests=len(same),
         tokens=tokens,

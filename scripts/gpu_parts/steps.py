@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_decode import STEPS, draft_steps, make_batch, verify_steps
+from bench_decode import STEPS, draft_steps, verify_steps
 from flax import nnx
+from measuring import make_batch, target_bytes
 
 from gpu_parts.rows import Rows, Settings
 from gpu_parts.timing import best_seconds, copy_bandwidth, filled, num_kernels, require_memory
@@ -68,9 +69,7 @@ class Subject:
         self.decoder = Decoder(target, self.head, layout=layout)
         self.definitions = tuple(nnx.graphdef(m) for m in (target, self.head))
         self.params = self.decoder.params
-        self.weight_bytes = sum(x.nbytes for x in jax.tree.leaves(self.params[0]))
-        if not config.tie_embeddings:
-            self.weight_bytes -= target.embed[...].nbytes
+        self.weight_bytes = target_bytes(target)
 
     def program(self, plan: TreePlan = OFF) -> Program:
         return Program(plan=plan, attention=self.attention)

@@ -1,0 +1,133 @@
+"""Does it stay as fast, and as small? Host share, long answers, and memory over many requests.
+
+    python scripts/bench_steady.py models/smollm2-135m --draft smollm2-135m-eagle3 --out steady.json
+
+Three things, at batch 1, plain and (with a draft) speculative:
+
+    host     the share of generate's decode time that is spent outside the device loop
+    length   decode tokens per second of answers of --long tokens over those of answers of --short ones, in turns; each
+             in the cache that LLM gives a request of its length
+    memory   bytes held after each of --requests requests of different lengths, one after the other; the growth is that
+             from the end of the first quarter, when every shape has been compiled, to the last request
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from common import environment, spread, tokens_per_second, write_result
+from measuring import compiled_before, host_share, memory_now
+from reporting import check_outputs, make_console, new_table
+from tqdm import tqdm
+
+from jeagle import LLM, SamplingParams
+
+PROMPT = 100  # tokens
+LENGTHS = (5, 40, 100, 17, 63, 90)  # of the prompts whose memory is watched
+
+
+def make_prompt(vocab_size: int, length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, vocab_size, size=length).tolist()
+
+
+def long_and_short(llm: LLM, speculative: bool, long: int, short: int, repeats: int) -> dict[str, Any]:
+    """Decode tokens per second of answers of both lengths, prefill left out."""
+    prompt = make_prompt(llm.config.vocab_size, PROMPT, 0)
+    rates: dict[int, list[float]] = {short: [], long: []}
+    for _ in tqdm(range(repeats), desc="lengths", disable=None):
+        for tokens, found in rates.items():
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+            run = partial(llm.generate, prompt, params, speculative=speculative, use_tqdm=False)
+            outputs = compiled_before(llm, run)
+            found.append(tokens_per_second(outputs, prefill=False))
+    ratios = [a / b for a, b in zip(rates[long], rates[short], strict=True)]
+    return dict(
+        short=short, long=long, tokens_per_second={n: spread(r) for n, r in rates.items()}, ratio=spread(ratios)
+    )
+
+
+def watch_memory(llm: LLM, speculative: bool, requests: int, max_tokens: int) -> dict[str, Any]:
+    held = []
+    for i in tqdm(range(requests), desc="requests", disable=None):
+        prompt = make_prompt(llm.config.vocab_size, LENGTHS[i % len(LENGTHS)], i)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=i)
+        llm.generate(prompt, params, speculative=speculative, use_tqdm=False)
+        gc.collect()  # what Python has not yet let go of is no leak
+        held.append(memory_now())
+    settled = held[requests // 4]
+    growth = held[-1] - settled
+    return dict(requests=requests, first_MB=held[0] / 1e6, settled_MB=settled / 1e6, last_MB=held[-1] / 1e6) | dict(
+        most_MB=max(held) / 1e6, growth_MB=growth / 1e6, growth_share=growth / settled
+    )
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if not 1 <= args.short < args.long:
+        raise ValueError(f"--short must be at least 1 and less than --long, got {args.short} and {args.long}")
+    if args.requests < 4 or args.repeats < 1:
+        raise ValueError("--requests must be at least 4 and --repeats at least 1")
+    check_outputs(args.out, None)
+    here = environment()
+    llm = LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_batch_size=1)
+    found: dict[str, Any] = {}
+    for name, speculative in (("plain", False), *([("speculative", True)] if args.draft else [])):
+        prompt = make_prompt(llm.config.vocab_size, PROMPT, 0)
+        found[name] = dict(
+            host=host_share(llm, prompt, args.short, args.repeats, speculative=speculative),
+            length=long_and_short(llm, speculative, args.long, args.short, args.repeats),
+            memory=watch_memory(llm, speculative, args.requests, args.request_tokens),
+        )
+    plan = f"{llm.plan.num_nodes} nodes, depth {llm.plan.max_depth}" if args.draft else None
+    about = dict(model=args.model, draft=args.draft, tree=plan, dtype=jnp.dtype(llm.dtype).name, prompt=PROMPT)
+    return dict(script="bench_steady", **here, **about, runs=found)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    columns = ("host share", "tokens/s, short", "tokens/s, long", "long / short", "MB settled", "MB grown")
+    table = new_table("", *columns, title=f"{result['model']}, {result['dtype']}, batch 1", right=columns)
+    for name, run in result["runs"].items():
+        length, memory = run["length"], run["memory"]
+        rates = [f"{r['median']:.1f}" for r in length["tokens_per_second"].values()]
+        cells = [f"{run['host']['host_share']:.2%}", *rates, f"{length['ratio']['median']:.2f}"]
+        table.add_row(name, *cells, f"{memory['settled_MB']:.0f}", f"{memory['growth_MB']:+.1f}")
+    make_console().print(table)
+
+
+def main() -> int:
+    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="converted checkpoint, HF directory, hub name or .gguf")
+    parser.add_argument("--draft", help="EAGLE head, in the same forms or by name")
+    parser.add_argument("--tree", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--short", type=int, default=256, help="tokens of a short answer")
+    parser.add_argument("--long", type=int, default=4096, help="tokens of a long one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=200, help="after which memory is to be what it was")
+    parser.add_argument("--request-tokens", type=int, default=16, help="tokens that each of them asks for")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    args = parser.parse_args()
+    try:
+        result = measure(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_table(result)
+    if args.out:
+        write_result(args.out, result)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

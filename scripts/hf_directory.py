@@ -1,0 +1,120 @@
+"""A converted target back as a Hugging Face directory, and as a GGUF file of the same floats: what bench_peers.py gives
+to other engines, so that all run the very same weights.
+
+    python scripts/hf_directory.py models/smollm2-135m DIRECTORY [--gguf FILE]
+
+SmolLM2 comes to jeagle as a quantised GGUF file (``convert/smollm2.py``); what is written here are the float32 numbers
+that the converter made of it. The GGUF file has no vocabulary: token ids go in and come out. Needs the gguf package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from convert import ConversionError
+from convert.export import llama_config
+from convert.gguf_file import BLOCK_NAMES, NAMES
+from convert.llama import describe
+from convert.table import unfill
+from jeagle.checkpoint import CheckpointError, load_llama
+from jeagle.config import LlamaConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+
+
+def hf_form(config: LlamaConfig) -> dict[str, Any]:
+    """config.json."""
+    return llama_config(config) | dict(
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=config.tie_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=list(config.eos_token_ids) or None,
+    )
+
+
+def write_directory(checkpoint: Path, destination: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
+    """Raises ConversionError or CheckpointError with one sentence. Returns what a GGUF file is made of."""
+    if destination.exists():
+        raise ConversionError(f"{destination} already exists; remove it or choose another destination")
+    target = load_llama(checkpoint)
+    written = hf_form(target.config) | dict(torch_dtype=target.compute_dtype.name)
+    found = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(target))}
+    rules = describe(written, {}).rules
+    tensors = {name: np.ascontiguousarray(part) for name, part in unfill(rules, found)}
+    destination.mkdir(parents=True)
+    (destination / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).exists():
+            shutil.copyfile(checkpoint / name, destination / name)
+    return target.config, tensors
+
+
+def write_gguf(path: Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Float32, under llama.cpp's names and with its order of the rows of Q and K."""
+    from gguf import GGUFWriter
+
+    if config.rope_scaling is not None or config.attention_bias or config.mlp_bias:
+        raise ConversionError("a GGUF file is written of models without rope_scaling and biases alone")
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = {ours: theirs for theirs, ours in {**NAMES, **BLOCK_NAMES}.items()}
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for name, tensor in tensors.items():
+        values = tensor.astype(np.float32)
+        if name.startswith("model.layers."):
+            _, _, layer, rest = name.removesuffix(".weight").split(".", 3)
+            theirs = f"blk.{layer}.{names[rest]}.weight"
+            if (count := heads.get(rest.split(".")[-1])) is not None:
+                # A head's rows are two halves; llama.cpp rotates neighbours: 0, H/2, 1, H/2 + 1, ...
+                values = values.reshape(count, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        else:
+            theirs = f"{names[name.removesuffix('.weight')]}.weight"
+        writer.add_tensor(theirs, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> int:
+    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--gguf", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    try:
+        config, tensors = write_directory(args.checkpoint, args.destination)
+        if args.gguf:
+            write_gguf(args.gguf, config, tensors)
+    except (ConversionError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The README's numbers and pictures, made of the JSON files in scripts/results/.
+
+    python scripts/report.py            writes the table into README.md and draws the pictures
+    python scripts/report.py --check    exit code 1 and a sentence where README.md says something else
+
+The table stands between two comments in README.md. A row is made of one result file; what has no file has no row. The
+pictures are bench_generate's, drawn anew beside its JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+BEGIN, END = "<!-- numbers: made by scripts/report.py -->", "<!-- end of numbers -->"
+
+Result = dict[str, Any]
+
+
+def steps(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_decode.py."""
+    speed, floor, weights = (result[f] for f in ("bandwidth_GBps", "floor_ms", "weights_MB"))
+    yield (
+        f"memory bandwidth in the same run; floor of a step ({weights:.0f} MB of weights read once)",
+        f"{speed:.1f} GB/s; {floor:.1f} ms",
+    )
+    yield "plain step", f"{result['plain_ms']:.1f} ms, {result['plain_over_floor']:.2f}x the floor (wanted 1.25x)"
+    verified = {int(n): ratio for n, ratio in result["verify_over_plain"].items() if int(n) > 1}
+    nodes, ratios = " / ".join(map(str, verified)), " / ".join(f"{ratio:.2f}" for ratio in verified.values())
+    yield f"verifying T = {nodes} nodes, relative to a plain step", f"{ratios} (wanted 1.6 at T = 4)"
+    draft = f"{result['draft_ms']:.1f} ms, {result['draft_over_plain']:.2f} of a plain step"
+    yield "one step of an EAGLE-3 head with the target's full vocabulary", draft
+    if host := result.get("host"):
+        share = f"{host['host_share']:.2%} of the time"
+        yield f"outside the device loop, generating {host['tokens']} tokens", share
+
+
+def acceptance(result: Result) -> Iterator[tuple[str, str]]:
+    """Of eval_acceptance.py; with --speed what it makes of the time."""
+    for run in result["runs"]:
+        whole = run["whole"]
+        what = f"{Path(run['prompts']).stem}, temperature {run['temperature']:g}, {run['tree']}: tokens per call"
+        found = f"{whole['tokens_per_call']:.2f}"
+        if speed := run.get("speed"):
+            ratio = speed["speedup"]
+            what += "; speculative over plain"
+            found += f"; {spread_of(ratio)}"
+        yield what, found
+
+
+def generation(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_generate.py."""
+    for run in result["runs"]:
+        what = f"LLM.generate, batch {run['batch']}, temperature {run['temperature']:g}, {run['tree']}"
+        found = f"{run['tokens_per_second']:.1f} tokens/s"
+        if run["tree"] != "plain":
+            found += f", {run['tokens_per_call']:.2f} tokens per call, {spread_of(run['speedup'])} of plain"
+        yield what + forced(result), f"{found}, {run['share_of_floor']:.0%} of the floor"
+
+
+def peers(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_peers.py."""
+    for run in result["runs"]:
+        for row in run["contenders"]:
+            what = f"{row['name']}, batch {run['batch']}{forced(result) if 'speculative' in row['name'] else ''}"
+            if row["status"] != "measured":
+                yield what, row["status"]
+                continue
+            found = f"{row['tokens_per_second']['median']:.1f} tokens/s"
+            if "jeagle" not in row["name"]:
+                found += f"; jeagle is {spread_of(row['jeagle_over_it'])} as fast"
+                if speculative := row.get("speculative_over_it"):
+                    found += f", speculative {spread_of(speculative)}"
+            yield what, found
+
+
+def steady(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_steady.py."""
+    for name, run in result["runs"].items():
+        length, memory = run["length"], run["memory"]
+        yield f"{name}: outside the device loop", f"{run['host']['host_share']:.2%} of the time"
+        yield (
+            f"{name}: tokens/s of {length['long']} tokens over those of {length['short']}",
+            spread_of(length["ratio"]),
+        )
+        grown = f"{memory['growth_MB']:+.1f} MB of {memory['settled_MB']:.0f}"
+        yield f"{name}: memory over {memory['requests']} requests", grown
+
+
+def cold_start(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_start.py."""
+    phases = ", ".join(f"{name} {found['median']:.1f}" for name, found in result["phases"].items())
+    total = result["seconds"]["median"]
+    yield "first word of `jeagle generate`, compiled programs in the cache", f"{total:.1f} s ({phases})"
+
+
+def spread_of(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})"
+
+
+def forced(result: Result) -> str:
+    profile = result.get("synthetic_acceptance")
+    return "" if profile is None else f", synthetic acceptance of {1 + chances(profile):.1f} tokens per call"
+
+
+def chances(profile: list[float]) -> float:
+    """Drafts that a chain as deep as the profile keeps. Example: [0.5, 0.5] is 0.75."""
+    kept = total = 1.0
+    for p in profile:
+        kept *= p
+        total += kept
+    return total - 1
+
+
+ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
+    "bench_decode": steps,
+    "eval_acceptance": acceptance,
+    "bench_generate": generation,
+    "bench_peers": peers,
+    "bench_steady": steady,
+    "bench_start": cold_start,
+}
+
+
+def title(result: Result) -> str:
+    """What all rows of a file share."""
+    tokens = f", {result['max_tokens']} tokens" if result["script"] in ("bench_generate", "bench_peers") else ""
+    prefix = f", prefix of {result['prefix']} tokens" if "prefix" in result else ""
+    batch = f", batch {result['batch']}" if "batch" in result else ""
+    head = result.get("head") or result.get("draft")
+    names = Path(result["model"]).name + (f" with {Path(head).name}" if head else "")
+    return f"{names}, {result['dtype']}{batch}{prefix}{tokens}, {result['device']}, JAX {result['jax']}"
+
+
+def section(results: dict[str, Result]) -> str:
+    """A table per file: its title, the rows, and the command that measured them."""
+    parts = []
+    for name, result in results.items():
+        rows = [f"| {what} | {found} |" for what, found in ROWS[result["script"]](result)]
+        said = f"{title(result)}. By `{short_command(result['command'])}` (`scripts/results/{name}`):"
+        parts.append("\n".join([said, "", "| what | measured |", "| --- | --- |", *rows]))
+    return "\n\n".join(parts)
+
+
+def short_command(command: str) -> str:
+    """Without the files written. Example: "python scripts/x.py --a 1 --out b.json" loses its last two words."""
+    words = command.split(" ")
+    for option in ("--out", "--picture"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return " ".join(words)
+
+
+def read_results(directory: Path) -> dict[str, Result]:
+    """The files that have rows, by name, in the order of ROWS."""
+    found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))}
+    order = list(ROWS)
+    known = {name: result for name, result in found.items() if result.get("script") in order}
+    return dict(sorted(known.items(), key=lambda item: order.index(item[1]["script"])))
+
+
+def with_numbers(readme: str, numbers: str) -> str:
+    """The README with its numbers replaced. Raises ValueError where the comments are missing."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r} once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{numbers}\n\n{END}{rest.split(END)[1]}"
+
+
+def draw_pictures(results: dict[str, Result], directory: Path) -> None:
+    from bench_generate import draw
+
+    for name, result in results.items():
+        if result["script"] == "bench_generate":
+            draw(directory / Path(name).with_suffix(".png").name, result)
+
+
+def main() -> int:
+    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether README.md is what JSON gives")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    try:
+        readme = args.readme.read_text(encoding="utf-8")
+        results = read_results(args.results)
+        wanted = with_numbers(readme, section(results))
+        if args.check and wanted != readme:
+            raise ValueError(f"the numbers in {args.readme.name} are not what the results give: run scripts/report.py")
+        if not args.check:
+            args.readme.write_text(wanted, encoding="utf-8")
+            draw_pictures(results, args.results)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
