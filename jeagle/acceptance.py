@@ -15,7 +15,7 @@ from jeagle.tree import StaticTree
 
 __all__ = ["Acceptance", "expected_tokens"]
 
-# Before anything is known: how often the first child is accepted, and which share of what is left goes to each next one.
+# Before anything is known: how often the first child is accepted, and the share of the rest that each next one gets.
 FIRST, NEXT = 0.6, 0.3
 PRIOR_TRIES = 20  # how many tries the prior counts for
 
@@ -51,12 +51,12 @@ class Acceptance:
     def rate_DC(self) -> np.ndarray:
         """Share of accepted among tried. What has not been tried is taken to be as likely as one level up, and at the
         first level to get a share of what its elder siblings leave. Siblings never sum to more than 1."""
-        rate_DC = np.zeros_like(self.tried_DC)
+        rate_DC = np.zeros(self.tried_DC.shape)
         for depth, rank in np.ndindex(rate_DC.shape):
-            left = 1 - rate_DC[depth, :rank].sum()
-            prior = rate_DC[depth - 1, rank] if depth else left * (NEXT if rank else FIRST)
+            left = 1 - float(rate_DC[depth, :rank].sum())
+            prior = float(rate_DC[depth - 1, rank]) if depth else left * (NEXT if rank else FIRST)
             tried, kept = self.tried_DC[depth, rank] + PRIOR_TRIES, self.kept_DC[depth, rank] + PRIOR_TRIES * prior
-            rate_DC[depth, rank] = min(kept / tried, left)
+            rate_DC[depth, rank] = min(float(kept / tried), left)
         return rate_DC
 
 

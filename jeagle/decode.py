@@ -81,10 +81,8 @@ class DecodeState:
     finish_B: jax.Array  # int32: index into FINISH_REASONS; 0 while running
     num_rounds_B: jax.Array  # int32: target forwards this row took part in
     acceptance_BP: jax.Array  # int32: how many rounds kept 0, 1, .. P-1 draft tokens
-    tried_BN: (
-        jax.Array
-    )  # int32: per node, rounds in which it might have been accepted: it was valid, its parent on the path
-    kept_BN: jax.Array  # int32: per node, rounds in which it lay on the accepted path, cut by a stop token or not
+    tried_BN: jax.Array  # int32: per node, rounds in which it was valid and its parent on the accepted path
+    kept_BN: jax.Array  # int32: per node, rounds in which it lay on that path itself, cut by a stop token or not
 
     @property
     def prefix(self) -> Prefix:
