@@ -163,11 +163,12 @@ def environment_of(decoder: Decoder, program: Program) -> dict[str, Any]:
 
 
 def file_name(environment: dict[str, Any]) -> str:
-    return f"{_digest(json.dumps(environment, sort_keys=True))}.json"
+    """Of the table for this environment."""
+    return f"{_digest(environment)}.json"
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_costs(path: Path, table: CostTable, environment: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class Dispatch:
     costs: CostTable | str | Path | None = None
     gain: float = 0.05
     probe_share: float = 0.01
-    half_life: float = 1000.0
+    half_life: float = 400.0
 
     def __post_init__(self) -> None:
         if isinstance(self.candidates, str):
