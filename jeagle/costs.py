@@ -72,6 +72,13 @@ class CostTable:
         smooth = monotone(sizes, np.array([self.rounds[s][plan] for s, plan in cells]))
         return {plan: float(value) for (s, plan), value in zip(cells, smooth) if s == setting}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """As in the file."""
+        return [
+            {**dataclasses.asdict(setting), "seconds": {tree_name(plan): value for plan, value in seconds.items()}}
+            for setting, seconds in sorted(self.rounds.items(), key=lambda row: row[0])
+        ]
+
     def nearest(self, setting: Setting) -> Setting:
         """The setting of the table that is most like ``setting``."""
         return min(self.rounds, key=setting.distance)
@@ -173,13 +180,9 @@ def _digest(values: dict[str, Any]) -> str:
 
 def save_costs(path: Path, table: CostTable, environment: dict[str, Any]) -> None:
     """Written whole or not at all: processes may share the directory."""
-    rows = [
-        {**dataclasses.asdict(setting), "seconds": {tree_name(plan): value for plan, value in seconds.items()}}
-        for setting, seconds in sorted(table.rounds.items(), key=lambda row: row[0])
-    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(dict(environment=environment, rounds=rows), indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(dict(environment=environment, rounds=table.rows()), indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jeagle.costs import Setting
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Batch, Decoder
-from jeagle.dispatch import Dispatcher
+from jeagle.dispatch import PROBE_ROUNDS, Dispatcher
 from jeagle.requests import Bucket
 from jeagle.sharding import fetch
 from jeagle.tree import StaticTree, tree_name
@@ -39,8 +39,8 @@ class Course:
         self._setting = Setting(bucket.batch, bucket.capacity, program.filters.sample)
         self._state: DecodeState | None = None
         self._counted: tuple[np.ndarray, ...] | None = None  # what the last look saw of this tree's counts
-        self._launched = False
-        self._most: int | None = None  # rounds of the next launch
+        self._most: int | None = None  # rounds that the tree was chosen for; None for any number
+        self._held = 0  # and how many of them it has had
         self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name
         self.acceptance_BP = np.zeros((bucket.batch, 1), int)  # as in ``DecodeState``, over all trees
         if dispatcher is not None:
@@ -70,10 +70,10 @@ class Course:
 
     def advance(self, most_rounds: int) -> Look:
         """One launch of up to ``most_rounds`` rounds, under whichever tree is best now."""
-        if self._launched:
+        if self._held >= (self._most or PROBE_ROUNDS):  # streams, which launch single rounds, ask no more often
             self._choose()
-        self._launched = True
-        rounds = most_rounds if self._most is None else min(most_rounds, self._most)
+        rounds = most_rounds if self._most is None else min(most_rounds, self._most - self._held)
+        self._held += rounds
         state = self._state = self._decoder.launch(self.state, self._program, rounds)
         *look, acceptance_BP, tried_BN, kept_BN = fetch(
             (
@@ -97,6 +97,7 @@ class Course:
         if self._dispatcher is None:
             return
         plan, self._most = self._dispatcher.choose(self._setting)
+        self._held = 0
         if plan != self._program.plan:
             new = dataclasses.replace(self._program, plan=plan)
             if self._state is not None:

@@ -121,6 +121,7 @@ class Dispatcher:
             if lacking or not self._given.rounds:
                 raise ValueError(f"the cost table lacks {', '.join(sorted(lacking)) or 'all rows'}; measure it again")
         self._table = self._given or CostTable()
+        self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
         self._read = False  # whether the directory's table has been
         # Greedy and sampled texts are not guessed equally well.
         self.acceptance = {sampled: Acceptance(self.plans, half_life=dispatch.half_life) for sampled in (False, True)}
@@ -133,9 +134,9 @@ class Dispatcher:
     def prepare(self, decoder: Decoder, program: Program, setting: Setting) -> None:
         """See to it that rounds of ``program`` have costs in ``setting``: read, or measured, which compiles every
         candidate and takes seconds. ``program``'s plan does not matter."""
-        if self._given is not None:
-            return
         with self._lock:
+            if self._given is not None or setting in self._seats:
+                return
             environment = environment_of(decoder, program)
             path = None if self._directory is None else self._directory / file_name(environment)
             if not self._read and path is not None and path.exists() and jax.process_index() == 0:
@@ -144,8 +145,6 @@ class Dispatcher:
                 except ValueError as error:
                     log.warning("%s: measuring again", error)
             self._read = True
-            if setting in self._seats:
-                return
             row = self._table.rounds.get(setting, {})
             known = agreed([row.get(plan, np.nan) for plan in self.plans])
             if np.isnan(known).any():
@@ -153,13 +152,16 @@ class Dispatcher:
                 measured = measure_rounds(decoder, program, self.plans, setting)
                 known = agreed([measured[plan] for plan in self.plans])
             self._table.rounds[setting] = {**row, **dict(zip(self.plans, known))}
+            self._seconds.clear()
             if path is not None and jax.process_index() == 0:
                 save_costs(path, self._table, environment)
 
     def seconds(self, setting: Setting) -> dict[StaticTree, float]:
         """Of a round under each candidate."""
-        seconds = self._table.seconds(setting if self._given is None else self._table.nearest(setting))
-        return {plan: seconds[plan] for plan in self.plans}
+        if setting not in self._seconds:
+            seconds = self._table.seconds(setting if self._given is None else self._table.nearest(setting))
+            self._seconds[setting] = {plan: seconds[plan] for plan in self.plans}
+        return self._seconds[setting]
 
     def values(self, setting: Setting) -> dict[StaticTree, float]:
         """Expected tokens per second of each row under each candidate."""

@@ -15,7 +15,7 @@ import numpy as np
 from jeagle.acceptance import expected_tokens
 from jeagle.tree import OFF, StaticTree
 
-__all__ = ["best_tree", "best_trees", "fastest"]
+__all__ = ["best_tree", "best_trees", "comb", "fastest"]
 
 
 def best_tree(rate_DC: np.ndarray, num_nodes: int, max_depth: int) -> StaticTree:
@@ -39,6 +39,12 @@ def best_tree(rate_DC: np.ndarray, num_nodes: int, max_depth: int) -> StaticTree
                 if child[0] < 0:
                     heapq.heappush(waiting, child)
     return StaticTree(tuple(paths[1:]))
+
+
+def comb(depth: int, ranks: int) -> StaticTree:
+    """``ranks`` children of the root, of its first child, of that one's first child, and so on: a tree that shows how
+    often each rank is accepted at each depth."""
+    return StaticTree(tuple((0,) * d + (rank,) for d in range(depth) for rank in range(ranks)))
 
 
 def best_trees(rate_DC: np.ndarray, nodes: Iterable[int], depths: Iterable[int]) -> list[StaticTree]:
