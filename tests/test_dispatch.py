@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_exactness
 import test_llama4
+import test_sharding
 from flax import nnx
 from test_exactness import BUSH, CAPACITY, CHUNK, EVERY_FILTER, markov_head, markov_target
 
@@ -28,7 +29,9 @@ from jeagle.eagle import EagleHead
 from jeagle.floor import Job
 from jeagle.footprint import Split
 from jeagle.llama import Llama
+from jeagle.placement import place
 from jeagle.sampling import Filters, RowSampling, seed_keys
+from jeagle.sharding import Layout, make_mesh
 from jeagle.sizes import head_for, size
 from jeagle.tree import OFF, DynamicTree, StaticTree, Tree, TreePlan, parse_tree
 
@@ -96,6 +99,17 @@ def test_a_switch_every_round_in_chunked_layers() -> None:
     batch = make_batch(sampled=False, vocab_size=config.vocab_size)
     switched, _ = cycled(decoder, batch, filters, (CHAIN_3, CHAIN_3, OFF, CHAIN_3), 8)
     same_text(plain_state(decoder, batch, filters, 8), switched)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_a_switch_every_round_on_a_mesh() -> None:
+    """Rows over two devices, the rest over two: states stay laid out as the compiled programs expect them."""
+    target, head = test_sharding.pair()
+    batch, filters = make_batch(sampled=False, vocab_size=97), Filters()
+    expected = plain_state(Decoder(target, page_size=8), batch, filters)
+    layout = Layout(make_mesh(2, 2))
+    decoder = Decoder(place(target, layout), place(head, layout), page_size=8, layout=layout)
+    same_text(expected, cycled(decoder, batch, filters, (CHAIN_3, CHAIN_1, OFF, CHAIN_1))[0])
 
 
 class Swayed:
