@@ -120,9 +120,9 @@ class Dispatcher:
             lacking = {tree_name(p) for row in self._given.rounds.values() for p in self.plans if p not in row}
             if lacking or not self._given.rounds:
                 raise ValueError(f"the cost table lacks {', '.join(sorted(lacking)) or 'all rows'}; measure it again")
-        self._table = self._given or CostTable()
+        self._table = self._given or CostTable()  # what decisions are made of: settings in use, alike on every process
+        self._stored: CostTable | None = None  # the directory's table, once read; process 0 alone has one
         self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
-        self._read = False  # whether the directory's table has been
         # Greedy and sampled texts are not guessed equally well.
         self.acceptance = {sampled: Acceptance(self.plans, half_life=dispatch.half_life) for sampled in (False, True)}
         self._seats: dict[Setting, Seat] = {}
@@ -139,22 +139,18 @@ class Dispatcher:
                 return
             environment = environment_of(decoder, program)
             path = None if self._directory is None else self._directory / file_name(environment)
-            if not self._read and path is not None and path.exists() and jax.process_index() == 0:
-                try:
-                    self._table = load_costs(path)
-                except ValueError as error:
-                    log.warning("%s: measuring again", error)
-            self._read = True
-            row = self._table.rounds.get(setting, {})
+            stored = self._stored = self._stored or _read(path)
+            row = stored.rounds.get(setting, {})
             known = agreed([row.get(plan, np.nan) for plan in self.plans])
             if np.isnan(known).any():
                 log.info("measuring %d trees at batch %d", len(self.plans), setting.batch)
                 measured = measure_rounds(decoder, program, self.plans, setting)
                 known = agreed([measured[plan] for plan in self.plans])
-            self._table.rounds[setting] = {**row, **dict(zip(self.plans, known))}
+                stored.rounds[setting] = {**row, **measured}
+                if path is not None and jax.process_index() == 0:
+                    save_costs(path, stored, environment)
+            self._table.rounds[setting] = dict(zip(self.plans, known))
             self._seconds.clear()
-            if path is not None and jax.process_index() == 0:
-                save_costs(path, self._table, environment)
 
     def seconds(self, setting: Setting) -> dict[StaticTree, float]:
         """Of a round under each candidate."""
@@ -171,7 +167,7 @@ class Dispatcher:
     def choose(self, setting: Setting) -> Choice:
         """The tree of the next launch."""
         with self._lock:
-            seat = self._settle(setting)
+            seat = self._seat(setting)
             probe = self._probe(setting, seat)
             if probe is not None:
                 log.debug("batch %d: probing %s", setting.batch, tree_name(probe))
@@ -190,7 +186,7 @@ class Dispatcher:
                 seat.rounds += rounds
                 self._credit += self._options.probe_share * rounds * self.seconds(setting)[plan]
 
-    def _settle(self, setting: Setting) -> Seat:
+    def _seat(self, setting: Setting) -> Seat:
         """The seat, given to the best tree if that is worth a switch."""
         value = self.values(setting)
         best = max(value, key=lambda plan: value[plan])
@@ -229,6 +225,16 @@ class Dispatcher:
         self._credit -= price
         self._turn += 1
         return plan
+
+
+def _read(path: Path | None) -> CostTable:
+    """A table kept by an earlier process; an empty one if there is none, or a damaged one."""
+    if path is not None and path.exists() and jax.process_index() == 0:
+        try:
+            return load_costs(path)
+        except ValueError as error:
+            log.warning("%s: measuring again", error)
+    return CostTable()
 
 
 def _cells(plan: StaticTree) -> set[tuple[int, int]]:

@@ -9,7 +9,7 @@ import pytest
 
 from jeagle.acceptance import expected_tokens
 from jeagle.tree import OFF, StaticTree
-from jeagle.tree_search import best_tree, best_trees, fastest
+from jeagle.tree_search import best_tree, best_trees, comb, fastest
 
 
 def random_rates(rng: np.random.Generator, depths: int, branch: int) -> np.ndarray:
@@ -70,6 +70,10 @@ def test_shapes_that_are_known() -> None:
     assert best_trees(steep, (2, 3), (1, 2)) == [OFF, StaticTree.chain(1), pair, StaticTree.chain(2)]
     with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
         best_tree(np.array([[1.2]]), 2, 1)
+
+
+def test_a_comb_has_every_rank_at_every_depth() -> None:
+    assert comb(2, 2) == StaticTree(((0,), (1,), (0, 0), (0, 1)))
 
 
 def test_fastest() -> None:
