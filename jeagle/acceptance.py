@@ -17,7 +17,7 @@ __all__ = ["Acceptance", "expected_tokens"]
 
 # Before anything is known: how often the first child is accepted, and the share of the rest that each next one gets.
 FIRST, NEXT = 0.6, 0.3
-PRIOR_TRIES = 20  # how many tries the prior counts for
+PRIOR_TRIES = 10  # how many tries the prior counts for
 
 
 class Acceptance:

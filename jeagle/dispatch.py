@@ -39,6 +39,7 @@ log = logging.getLogger("jeagle")
 
 CANDIDATES = ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8")
 PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
+KNOWN_TRIES = 64  # of first drafts: with fewer nothing is known of the head on these texts
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Seat:
     """The tree in use in one setting."""
 
     plan: StaticTree
-    rounds: int = 0  # it has served since it was chosen
+    rounds: int = 0  # since it was chosen, probes among them
 
 
 class Dispatcher:
@@ -103,10 +104,12 @@ class Dispatcher:
 
     While a tree is in use nothing is learnt about nodes that it does not have; while none is, about none at all. So
     every round in use earns ``probe_share`` of its seconds, and when they pay for PROBE_ROUNDS rounds of another tree,
-    one is run for so long: those that have nodes the one in use lacks take turns. Were its rounds to yield nothing,
-    that would be the share of time lost; as each yields a token at least, less is. What a probe in mid-text costs in
-    acceptance, as a head that comes back remembers nothing, is counted against the tree: short texts, whose probes
-    begin with them, are judged more truly than long ones.
+    one is run for so long: those that have nodes the one in use lacks take turns, unless they would lose even if all
+    they draft were taken. Were its rounds to yield nothing, that would be the share of time lost; as each yields a
+    token at least, less is. As long as nothing is known of the head, probes are free.
+
+    What a probe in mid-text costs in acceptance, as a head that comes back remembers nothing, is counted against the
+    tree: short texts, whose probes begin with them, are judged more truly than long ones.
     """
 
     def __init__(self, dispatch: Dispatch, *, directory: Path | None = None):
@@ -182,8 +185,8 @@ class Dispatcher:
             self.acceptance[setting.sampled].add(plan, tried_N, kept_N)
             self._served[plan] += rounds
             seat = self._seats[setting]
+            seat.rounds += rounds
             if plan == seat.plan:
-                seat.rounds += rounds
                 self._credit += self._options.probe_share * rounds * self.seconds(setting)[plan]
 
     def _seat(self, setting: Setting) -> Seat:
@@ -198,7 +201,7 @@ class Dispatcher:
             and seat.rounds >= PROBE_ROUNDS
             and value[best] >= (1 + self._options.gain) * value[seat.plan]
         ):
-            reason = f"after {seat.rounds} rounds of {tree_name(seat.plan)}"
+            reason = f"instead of {tree_name(seat.plan)}, after {seat.rounds} rounds"
         else:
             return seat
         log.info(
@@ -214,12 +217,14 @@ class Dispatcher:
 
     def _probe(self, setting: Setting, seat: Seat) -> StaticTree | None:
         """A tree that has something to teach, if one is due and paid for."""
-        known = _cells(seat.plan)
-        others = [plan for plan in self.plans if not _cells(plan) <= known]
+        known, seconds, enough = _cells(seat.plan), self.seconds(setting), self.values(setting)[seat.plan]
+        others = [p for p in self.plans if not _cells(p) <= known and (p.max_depth + 1) / seconds[p] > enough]
         if not others or not self._options.probe_share:
             return None
+        if seat.plan == OFF and self.acceptance[setting.sampled].tried_DC[0, 0] < KNOWN_TRIES:
+            return max(others, key=lambda p: p.max_depth)
         plan = others[self._turn % len(others)]
-        price = PROBE_ROUNDS * self.seconds(setting)[plan]
+        price = PROBE_ROUNDS * seconds[plan]
         if self._credit < price:
             return None
         self._credit -= price

@@ -332,7 +332,7 @@ def test_a_switch_takes_a_gain_and_some_rounds(caplog) -> None:
     assert d.choose(ONE).plan == OFF
     assert [r.getMessage().split(",")[0] for r in caplog.records] == [
         "batch 1: chain-3 at first",
-        "batch 1: off after 8 rounds of chain-3",
+        "batch 1: off instead of chain-3",
     ]
     # Off is worth 100 a second, a chain of 1 now 103: within the gain that a switch must promise.
     d = dispatcher(probe_share=0.0)
@@ -355,6 +355,18 @@ def test_probes_are_bounded_and_take_turns() -> None:
     probing = seconds[CHAIN_1] + seconds[CHAIN_3]
     assert 0.005 < probing / sum(seconds.values()) <= 0.01
     assert min(seconds[CHAIN_1], seconds[CHAIN_3]) > 0
+
+
+def test_nothing_known_is_found_out_at_once() -> None:
+    """A prior that says no is not believed before the head has been tried; a tree that cannot pay is not tried."""
+    costs = CostTable({ONE: {OFF: 1.0, CHAIN_1: 1.7, CHAIN_3: 4.1}})
+    d = Dispatcher(Dispatch(candidates=["chain-1", "chain-3"], costs=costs))
+    used = [served(d, ONE, 64, 0.95) for _ in range(12)]
+    assert d.values(ONE)[OFF] == 1.0
+    assert used == [CHAIN_1] * 12
+    d = Dispatcher(Dispatch(candidates=["chain-1", "chain-3"], costs=costs))
+    used = [served(d, ONE, 64, 0.0) for _ in range(12)]
+    assert used == [CHAIN_1] * 9 + [OFF] * 3  # 72 tries, as older ones fade
 
 
 def test_a_probe_finds_that_drafts_pay_again() -> None:
