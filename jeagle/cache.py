@@ -77,7 +77,7 @@ class Prefix:
     """The committed positions [start, length) each row sees, and the pages they live in."""
 
     page_table_BM: jax.Array  # int32; numbers of the pages that the row's device has
-    start_B: jax.Array  # int32: 0, except under sliding windows and chunked layers
+    start_B: jax.Array  # int32: 0, except in chunked layers and for a head that began to draft in mid-text
     length_B: jax.Array  # int32
 
     @classmethod

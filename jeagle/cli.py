@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default=str(DEMO_MODEL), help="converted checkpoint, HF directory, hub name or .gguf"
     )
     shared.add_argument("--draft", help=f"EAGLE head, in the same forms or by name ({DEMO_HEAD}); none: decode plainly")
-    shared.add_argument("--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL] or off")
+    shared.add_argument(
+        "--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL], off or dispatch"
+    )
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
     shared.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="fp8: caches of 8 bits")
     shared.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share every layer")

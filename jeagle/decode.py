@@ -19,7 +19,7 @@ from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, choose
 from jeagle.sharding import rows_first, split
-from jeagle.tree import OFF, Tree, TreePlan
+from jeagle.tree import OFF, StaticTree, Tree, TreePlan
 from jeagle.verify import accept, force
 
 __all__ = ["FINISH_REASONS", "DecodeState", "Logprobs", "Program", "launch", "round_step"]
@@ -46,6 +46,11 @@ class Program:
     @property
     def drafts(self) -> bool:
         return self.plan.num_nodes > 1
+
+    @property
+    def num_counted(self) -> int:
+        """N: nodes that have the same place in every round's tree: all of a static tree, the root of a dynamic one."""
+        return self.plan.num_nodes if isinstance(self.plan, StaticTree) else 1
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +82,8 @@ class DecodeState:
     finish_B: jax.Array  # int32: index into FINISH_REASONS; 0 while running
     num_rounds_B: jax.Array  # int32: target forwards this row took part in
     acceptance_BP: jax.Array  # int32: how many rounds kept 0, 1, .. P-1 draft tokens
+    tried_BN: jax.Array  # int32: per node, rounds in which it was valid and its parent on the accepted path
+    kept_BN: jax.Array  # int32: per node, rounds in which it lay on that path itself, cut by a stop token or not
 
     @property
     def prefix(self) -> Prefix:
@@ -143,12 +150,13 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     cache = commit(state.cache, forward.new_kv, prefix, num_emitted_B, path_BP)
     draft = state.draft
     if draft is not None and pending_kv is not None:
-        committed = prefix.with_length(state.length_B - draft.count_B)
-        draft = DraftState(
-            commit(draft.cache, after(pending_kv, num_emitted_B), committed, jnp.where(running_B, draft.count_B, 0)),
-            jnp.take_along_axis(forward.feature_BTX, path_BP[:, :, None], axis=1),
-            emitted_BP,
-            num_emitted_B,
+        kept_B = jnp.where(running_B, draft.count_B, 0)
+        draft = dataclasses.replace(
+            draft,
+            cache=commit(draft.cache, after(pending_kv, num_emitted_B), draft.committed(prefix), kept_B),
+            feature_BPX=jnp.take_along_axis(forward.feature_BTX, path_BP[:, :, None], axis=1),
+            token_BP=emitted_BP,
+            count_B=num_emitted_B,
         )
 
     def put(output: jax.Array, new: jax.Array) -> jax.Array:
@@ -169,6 +177,11 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
 
     last_B = jnp.maximum(num_emitted_B - 1, 0)[:, None]
     histogram_BP = (index_P == num_emitted_B[:, None] - 1).astype(jnp.int32)
+    # Nodes that the request's end or a border made invalid were not tried: they say nothing about the head.
+    N = program.num_counted
+    on_path_BPN = (path_BP[:, :, None] == jnp.arange(N)) & (index_P <= num_accepted_B[:, None])[:, :, None]
+    kept_BN = jnp.any(on_path_BPN, axis=1) & running_B[:, None]
+    tried_BN = jnp.take_along_axis(kept_BN, tree.parent_BT[:, :N], axis=1) & tree.valid_BT[:, :N]
     return dataclasses.replace(
         state,
         cache=cache,
@@ -181,6 +194,8 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
         finish_B=finish_B,
         num_rounds_B=state.num_rounds_B + running_B,
         acceptance_BP=state.acceptance_BP + histogram_BP,
+        tried_BN=state.tried_BN + tried_BN,
+        kept_BN=state.kept_BN + kept_BN,
     )
 
 

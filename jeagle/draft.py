@@ -7,6 +7,7 @@ node of depth d sits at head position length + d - 1, and the root's own pair is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jeagle import vocabulary
-from jeagle.cache import KVCache, NewKV, Prefix
+from jeagle.cache import KVCache, NewKV, Prefix, after, commit
 from jeagle.eagle import EagleHead, HeadForward
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, gumbel, warp
 from jeagle.sharding import Across, across, rows_first, split
 from jeagle.tree import Level, Tree, TreePlan, ancestor_mask
 
-__all__ = ["COUPLING", "Candidates", "DraftState", "propose", "select"]
+__all__ = ["COUPLING", "Candidates", "DraftState", "propose", "select", "settle"]
 
 # Under sampling a child's score across nodes is log_softmax((log q + noise) / COUPLING): the sharper the head's guess
 # of the *sample*, the smaller the best value. Simulated optima: 0.35 / 0.6 / 0.95 at a logit error of 0.5 / 1 / 1.5.
@@ -41,6 +42,11 @@ class DraftState:
     feature_BPX: jax.Array  # target features of the positions the last round committed, in order
     token_BP: jax.Array  # the token after each of them; the last is the root
     count_B: jax.Array  # how many of the P are real
+    start_B: jax.Array  # int32: the first position the head's cache has; 0 unless drafting began in mid-text
+
+    def committed(self, prefix: Prefix) -> Prefix:
+        """What the head's cache has of the target's ``prefix``: the P pending positions are yet to come."""
+        return Prefix(prefix.page_table_BM, self.start_B, prefix.length_B - self.count_B)
 
 
 class Candidates(NamedTuple):
@@ -243,7 +249,7 @@ def propose(
     Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be
     committed.
     """
-    committed = prefix.with_length(prefix.length_B - draft.count_B)
+    committed = draft.committed(prefix)
     run = partial(head, cache=draft.cache, prefix=committed, target=target, attention=attention)
     frontier = _extend(run, head, draft, committed)
     pending_kv = frontier.earlier
@@ -259,3 +265,22 @@ def propose(
 
     joined = (jnp.concatenate(x, axis=1) for x in zip(*candidates))
     return select(root_B, Candidates(*joined), remaining_B=remaining_B, plan=plan), pending_kv
+
+
+def settle(head: EagleHead, target: Llama, draft: DraftState, prefix: Prefix, *, attention: str = "auto") -> DraftState:
+    """Commit all pending rows but the newest, which becomes the first of the P and the only real one.
+
+    What a round does on its way, for a draft that goes on under a tree of fewer positions P.
+    """
+    committed = draft.committed(prefix)
+    run = partial(head, cache=draft.cache, prefix=committed, target=target, attention=attention)
+    frontier = _extend(run, head, draft, committed)
+    newest_B = jnp.maximum(draft.count_B - 1, 0)
+    index_BP = jnp.broadcast_to(newest_B[:, None], draft.token_BP.shape)  # slots 1 .. P-1 are not real: any row will do
+    return dataclasses.replace(
+        draft,
+        cache=commit(draft.cache, after(frontier.earlier, frontier.hidden_BFD), committed, newest_B),
+        feature_BPX=jnp.take_along_axis(draft.feature_BPX, index_BP[:, :, None], axis=1),
+        token_BP=jnp.take_along_axis(draft.token_BP, index_BP, axis=1),
+        count_B=jnp.minimum(draft.count_B, 1),
+    )

@@ -129,7 +129,7 @@ def chunk_view(full: View, position_BT: jax.Array, key_position_BU: jax.Array, c
     if chunk is None:
         return full
     same_BTU = position_BT[:, :, None] // chunk == key_position_BU[:, None, :] // chunk
-    start_B = position_BT[:, 0] // chunk * chunk
+    start_B = jnp.maximum(full.prefix.start_B, position_BT[:, 0] // chunk * chunk)
     return View(full.suffix_mask & same_BTU, dataclasses.replace(full.prefix, start_B=start_B))
 
 

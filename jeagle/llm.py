@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from jeagle import attention as attention_registry
 from jeagle.checkpoint import DTYPES, load_eagle, load_llama, read_source
-from jeagle.decode import DecodeState, Program
-from jeagle.decoder import CompiledProgram, Decoder
+from jeagle.course import Course
+from jeagle.decode import Program
+from jeagle.decoder import Batch, CompiledProgram, Decoder
+from jeagle.dispatch import Dispatch, Dispatcher
 from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
@@ -54,7 +56,8 @@ class LLM:
       draft: the same for the head, the name of one that comes with the package (``jeagle.heads.names()``), or an
         ``EagleHead`` module; None decodes plainly.
       tree: "auto" (a chain of 3, the paper's choice at every batch size but the smallest; of 1 on a CPU), a name
-        ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, or a plan.
+        ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or
+        "dispatch", which measures several and uses the fastest; ``dispatch.Dispatch`` says which and how.
       dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
         checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
@@ -79,7 +82,7 @@ class LLM:
         model: str | Path | Llama,
         draft: str | Path | EagleHead | None = None,
         *,
-        tree: str | TreePlan | Sequence[Sequence[int]] = "auto",
+        tree: str | TreePlan | Sequence[Sequence[int]] | Dispatch = "auto",
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_batch_size: int = 8,
@@ -117,8 +120,14 @@ class LLM:
         rules = Rules.choose(draft=draft_sharding, experts=expert_sharding)
         many = data_parallel_size * tensor_parallel_size > 1
         layout = Layout(make_mesh(data_parallel_size, tensor_parallel_size), rules) if many else None
-        plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)
         cache = cache_directory(cache_dir)
+        dispatcher: Dispatcher | None = None
+        if isinstance(tree, str) and tree == "dispatch":
+            tree = Dispatch()
+        if isinstance(tree, Dispatch):
+            dispatcher = Dispatcher(tree, directory=cache / "costs")
+            tree = max(tree.plans, key=lambda plan: plan.num_nodes)
+        plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)
         _keep_compiled_programs(cache / "xla")
 
         self._checkpoint: Path | None = None
@@ -146,7 +155,8 @@ class LLM:
                 raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
             limit = max_model_len
         self.max_model_len = limit
-        self.plan = plan if head is not None else OFF
+        self.plan = plan if head is not None else OFF  # with a dispatcher the largest it may choose
+        self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
         self._chunk = prefill_chunk
@@ -257,14 +267,15 @@ class LLM:
 
     def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
         text = Detokenizer(tokenizer, row.params.stop)
-        state, program = self._start([row], speculative)
+        course, batch = self._course([row], speculative)
+        course.start(batch)
         sent = 0
         while True:
-            state = self._decoder.launch(state, program, 1)
-            # Read whole and cut here: slices of device arrays would be compiled, one program per length.
             with explained():
-                output_BO, count_B, finish_B = fetch((state.output_BO, state.num_output_B, state.finish_B))
-            count, finished = int(count_B[0]), bool(finish_B[0])
+                look = course.advance(1)
+                # Read whole and cut here: slices of device arrays would be compiled, one program per length.
+                output_BO = fetch(course.state.output_BO)
+            count, finished = int(look.num_output_B[0]), bool(look.finish_B[0])
             piece = text.push(output_BO[0, sent:count].tolist())
             sent = count
             finished = finished or text.stop_reason is not None
@@ -288,8 +299,8 @@ class LLM:
         ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         return check_prompt(ids, params, index=index, vocab_size=self.config.vocab_size, limit=self.max_model_len)
 
-    def _start(self, rows: list[Row], speculative: bool) -> tuple[DecodeState, Program]:
-        """Prefilled state and the decode program of a batch."""
+    def _course(self, rows: list[Row], speculative: bool) -> tuple[Course, Batch]:
+        """What serves a batch, and the batch."""
         decoder = self._decoder
         shapes = bucket(
             rows, page_size=decoder.page_size, chunk=self._chunk, limit=self.max_model_len, shards=decoder.row_shards
@@ -298,23 +309,22 @@ class LLM:
         program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
         if program.drafts:
             program = dataclasses.replace(program, profile=self.synthetic_acceptance)
-        return decoder.start(batch, program, capacity=shapes.capacity, chunk=shapes.chunk), program
+        return Course(decoder, program, shapes, self.dispatcher if speculative else None), batch
 
     def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[Finished]:
         """Generate for one batch."""
+        course, batch = self._course(rows, speculative)
         began = time.perf_counter()
-        state, program = self._start(rows, speculative)
-        jax.block_until_ready(state)
+        jax.block_until_ready(course.start(batch))
         prefilled = time.perf_counter()
 
         texts = [Detokenizer(self.tokenizer, row.params.stop) if row.params.stop else None for row in rows]
         rounds = min(self._rounds_per_launch, ROUNDS_BETWEEN_STOP_CHECKS) if any(texts) else self._rounds_per_launch
         finished_before = 0
         while True:
-            state = self._decoder.launch(state, program, rounds)
-            finish_B, count_B, rounds_B = fetch((state.finish_B, state.num_output_B, state.num_rounds_B))
-            if any(texts) and stop_at_strings(fetch(state.output_BO), texts, finish_B, count_B):
-                state = dataclasses.replace(state, finish_B=self._decoder.put(finish_B))
+            finish_B, count_B, rounds_B = course.advance(rounds)
+            if any(texts) and stop_at_strings(fetch(course.state.output_BO), texts, finish_B, count_B):
+                course.end(finish_B)
             finished = int((finish_B[: len(rows)] > 0).sum())
             bar.update(finished - finished_before)
             finished_before = finished
@@ -325,7 +335,7 @@ class LLM:
             if finished == len(rows):
                 break
         spent = (prefilled - began, time.perf_counter() - prefilled)
-        return collect(rows, state, texts, program, spent)
+        return collect(rows, course, texts, spent)
 
 
 def _auto_tree() -> str:

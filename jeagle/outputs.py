@@ -35,6 +35,7 @@ class RequestMetrics:
     prefill_seconds: float
     decode_seconds: float
     tree: str = "off"
+    rounds_by_tree: dict[str, int] = field(default_factory=dict)  # num_rounds by the tree that served them
     # The profile that acceptance was forced to (LLM's argument), else None. If set, the text is not the target's.
     synthetic_acceptance: tuple[float, ...] | None = None
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jeagle.decode import FINISH_REASONS, DecodeState, Program
+from jeagle.course import Course
+from jeagle.decode import FINISH_REASONS
 from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jeagle.requests import Row
 from jeagle.sharding import fetch
 from jeagle.text import Detokenizer, Tokenizer
 
-__all__ = ["Finished", "collect", "request_output", "stop_at_strings"]
+__all__ = ["Finished", "collect", "request_output", "stop_at_strings", "summed"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,15 @@ class Finished:
     seconds: tuple[float, float]
     tree: str
     synthetic_acceptance: tuple[float, ...] | None
+    rounds_by_tree: dict[str, int]
 
 
 def collect(
-    rows: list[Row],
-    state: DecodeState,
-    texts: list[Detokenizer | None],
-    program: Program,
-    seconds: tuple[float, float],
+    rows: list[Row], course: Course, texts: list[Detokenizer | None], seconds: tuple[float, float]
 ) -> list[Finished]:
-    output_BO, count_B, finish_B, rounds_B, acceptance_BP = fetch(
-        (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B, state.acceptance_BP)
+    state = course.state
+    output_BO, count_B, finish_B, rounds_B = fetch(
+        (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B)
     )
     logprobs = fetch(state.logprobs)
     results = []
@@ -73,10 +74,11 @@ def collect(
                 logprobs=tops,
                 num_rounds=int(rounds_B[i]),
                 num_emitted=int(count_B[i]),
-                acceptance_P=acceptance_BP[i],
+                acceptance_P=course.acceptance_BP[i],
                 seconds=seconds,
-                tree=f"{program.plan.num_nodes} nodes, depth {program.plan.max_depth}" if program.drafts else "off",
-                synthetic_acceptance=program.profile,
+                synthetic_acceptance=course.profile,
+                tree=course.tree,
+                rounds_by_tree={name: int(n_B[i]) for name, n_B in course.rounds_by_tree.items() if n_B[i]},
             )
         )
     return results
@@ -104,10 +106,21 @@ def decode_all(tokenizer, token_ids: list[int]) -> str:
     return text.text
 
 
+def summed(histograms: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
+    """Acceptance histograms added up: those of different batches may come from trees of different depths."""
+    total_P = np.zeros(max(map(len, histograms)), int)
+    for histogram_P in histograms:
+        total_P[: len(histogram_P)] += histogram_P
+    return total_P.tolist()
+
+
 def request_output(
     prompt: str | None, prompt_ids: list[int], finished: list[Finished], tokenizer: Tokenizer | None
 ) -> RequestOutput:
     """One request's samples put together. Without a tokenizer texts are empty."""
+    rounds_by_tree: Counter[str] = Counter()
+    for f in finished:
+        rounds_by_tree.update(f.rounds_by_tree)
     completions = []
     for f in finished:
         text = f.text
@@ -119,10 +132,11 @@ def request_output(
     metrics = RequestMetrics(
         num_rounds=sum(f.num_rounds for f in finished),
         num_emitted=sum(f.num_emitted for f in finished),
-        acceptance_histogram=np.sum([f.acceptance_P for f in finished], axis=0).tolist(),
+        acceptance_histogram=summed([f.acceptance_P for f in finished]),
         prefill_seconds=max(f.seconds[0] for f in finished),
         decode_seconds=max(f.seconds[1] for f in finished),
         tree=finished[0].tree,
         synthetic_acceptance=finished[0].synthetic_acceptance,
+        rounds_by_tree=dict(rounds_by_tree),
     )
     return RequestOutput(prompt, prompt_ids, completions, metrics)

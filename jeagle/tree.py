@@ -6,6 +6,7 @@ verification cannot tell them apart; only the number of nodes is part of the com
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "TreePlan",
     "ancestor_mask",
     "parse_tree",
+    "tree_name",
 ]
 
 
@@ -169,8 +171,9 @@ NAMED_TREES: dict[str, TreePlan] = {
 
 
 def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
-    """A plan from a name ("off", "chain-3", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), paths, or a plan."""
-    if isinstance(tree, (StaticTree, DynamicTree)):
+    """A plan from a name ("off", "chain-3", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), paths (a list, or one
+    written as JSON), or a plan."""
+    if isinstance(tree, TreePlan):
         return tree
     if not isinstance(tree, str):
         if not isinstance(tree, (list, tuple)) or not all(isinstance(path, (list, tuple)) for path in tree):
@@ -178,6 +181,11 @@ def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
         return StaticTree(tuple(tuple(path) for path in tree))
     if tree in NAMED_TREES:
         return NAMED_TREES[tree]
+    if tree.startswith("["):
+        try:
+            return parse_tree(json.loads(tree))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tree {tree!r} is not a list of paths: {error}") from None
     if match := re.fullmatch(r"chain-(\d+)", tree):
         return StaticTree.chain(int(match[1]))
     if match := re.fullmatch(r"dynamic-(\d+)-(\d+)-(\d+)", tree):
@@ -186,3 +194,15 @@ def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
         f"tree {tree!r} is unknown; use 'auto', 'chain-K', 'dynamic-DEPTH-TOPK-TOTAL', a list of paths, or one of "
         f"{sorted(NAMED_TREES)}"
     )
+
+
+def tree_name(plan: TreePlan) -> str:
+    """The shortest text that ``parse_tree`` reads as this plan."""
+    for name, named in NAMED_TREES.items():
+        if plan == named:
+            return name
+    if isinstance(plan, DynamicTree):
+        return f"dynamic-{plan.depth}-{plan.top_k}-{plan.total}"
+    if plan == StaticTree.chain(plan.max_depth):
+        return f"chain-{plan.max_depth}"
+    return json.dumps(plan.paths, separators=(",", ":"))

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from jeagle import LLM, RequestMetrics, RequestOutput, SamplingParams
 from jeagle.inputs import Message
+from jeagle.results import summed
 
 __all__ = [
     "Question",
@@ -128,13 +130,17 @@ def _from_sharegpt(said: Any) -> Any:
 
 def pooled(metrics: Sequence[RequestMetrics]) -> RequestMetrics:
     """Several answers' counts as one, so that every ratio is one of totals. Times are left out: rows share batches."""
+    rounds_by_tree: Counter[str] = Counter()
+    for m in metrics:
+        rounds_by_tree.update(m.rounds_by_tree)
     return RequestMetrics(
         num_rounds=sum(m.num_rounds for m in metrics),
         num_emitted=sum(m.num_emitted for m in metrics),
-        acceptance_histogram=np.sum([m.acceptance_histogram for m in metrics], axis=0).tolist(),
+        acceptance_histogram=summed([m.acceptance_histogram for m in metrics]),
         prefill_seconds=0.0,
         decode_seconds=0.0,
         tree=metrics[0].tree,
+        rounds_by_tree=dict(rounds_by_tree),
         synthetic_acceptance=metrics[0].synthetic_acceptance,
     )
 

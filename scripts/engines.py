@@ -12,6 +12,7 @@ from common import pooled, spread
 from measuring import compiled_before, peak_memory
 
 from jeagle import LLM, RequestOutput, SamplingParams
+from jeagle.tree import parse_tree
 
 __all__ = ["PLAIN", "Engine", "figures"]
 
@@ -81,7 +82,8 @@ def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
         acceptance_per_position=total.acceptance_per_position,
         acceptance_histogram=total.acceptance_histogram,
         round_ms=round_seconds * 1e3,
-        draft_steps=engine.llm.plan.max_depth if engine.speculative else 0,
+        draft_steps=sum(n * parse_tree(tree).max_depth for tree, n in total.rounds_by_tree.items()) / total.num_rounds,
+        rounds_by_tree=total.rounds_by_tree,
         ms_per_token_by_phase=dict(
             prefill=prefill / tokens * 1e3,
             rounds=decode / tokens * 1e3,

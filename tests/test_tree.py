@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jeagle.draft import Candidates, select
-from jeagle.tree import NAMED_TREES, OFF, DynamicTree, Level, StaticTree, Tree, ancestor_mask, parse_tree
+from jeagle.tree import NAMED_TREES, OFF, DynamicTree, Level, StaticTree, Tree, ancestor_mask, parse_tree, tree_name
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -63,6 +63,15 @@ def test_parse_tree():
 def test_unknown_names_are_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=r"is unknown; use 'auto', 'chain-K'.*'bush-8', 'dynamic', 'eagle-26', 'off'"):
         parse_tree(name)
+
+
+def test_names_are_read_as_what_they_name():
+    plans = [*NAMED_TREES.values(), StaticTree.chain(4), DynamicTree(2, 3, 9), StaticTree(((0,), (2,), (0, 1)))]
+    names = [tree_name(plan) for plan in plans]
+    assert [parse_tree(name) for name in names] == plans
+    assert names[-3:] == ["chain-4", "dynamic-2-3-9", "[[0],[2],[0,1]]"]
+    with pytest.raises(ValueError, match="is not a list of paths"):
+        parse_tree("[[0]")
 
 
 def test_named_trees():

@@ -1,0 +1,126 @@
+"""A batch under way: prefill, launch after launch, perhaps under changing trees, and what each did for each row."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from jeagle.costs import Setting
+from jeagle.decode import DecodeState, Program
+from jeagle.decoder import Batch, Decoder
+from jeagle.dispatch import PROBE_ROUNDS, Dispatcher
+from jeagle.requests import Bucket
+from jeagle.sharding import fetch
+from jeagle.tree import StaticTree, tree_name
+
+__all__ = ["Course", "Look"]
+
+
+class Look(NamedTuple):
+    """What the host sees after a launch."""
+
+    finish_B: np.ndarray  # as in ``DecodeState``
+    num_output_B: np.ndarray
+    num_rounds_B: np.ndarray
+
+
+class Course:
+    """One batch, from its prompts to its end.
+
+    Args:
+      program: with the plan to use throughout, or, with a dispatcher, any.
+      dispatcher: None keeps to the program's plan.
+    """
+
+    def __init__(self, decoder: Decoder, program: Program, bucket: Bucket, dispatcher: Dispatcher | None = None):
+        self._decoder, self._program, self._bucket, self._dispatcher = decoder, program, bucket, dispatcher
+        self._setting = Setting(bucket.batch, bucket.capacity, program.filters.sample)
+        self._state: DecodeState | None = None
+        self._counted: tuple[np.ndarray, ...] | None = None  # what the last look saw of this tree's counts
+        self._most: int | None = None  # rounds that the tree was chosen for; None for any number
+        self._held = 0  # and how many of them it has had
+        self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name
+        self.acceptance_BP = np.zeros((bucket.batch, 1), int)  # as in ``DecodeState``, over all trees
+        if dispatcher is not None:
+            dispatcher.prepare(decoder, program, self._setting)
+
+    @property
+    def state(self) -> DecodeState:
+        """Before ``start`` there is none."""
+        if self._state is None:
+            raise ValueError("the course has not been started")
+        return self._state
+
+    @property
+    def tree(self) -> str:
+        """What ``RequestMetrics`` calls it."""
+        if self._dispatcher is not None:
+            return "dispatch"
+        plan = self._program.plan
+        return f"{plan.num_nodes} nodes, depth {plan.max_depth}" if self._program.drafts else "off"
+
+    @property
+    def profile(self) -> tuple[float, ...] | None:
+        """The acceptance that drafts were forced to, see ``verify.force``."""
+        return self._program.profile
+
+    def start(self, batch: Batch) -> DecodeState:
+        """Prefill. The first launch's tree is chosen here: what begins plainly need not fill the head's cache."""
+        self._choose()
+        shapes = dict(capacity=self._bucket.capacity, chunk=self._bucket.chunk)
+        self._state = self._decoder.start(batch, self._program, **shapes)
+        return self._state
+
+    def advance(self, most_rounds: int) -> Look:
+        """One launch of up to ``most_rounds`` rounds, under whichever tree is best now."""
+        if self._held >= (self._most or PROBE_ROUNDS):  # streams, which launch single rounds, ask no more often
+            self._choose()
+        rounds = most_rounds if self._most is None else min(most_rounds, self._most - self._held)
+        self._held += rounds
+        state = self._state = self._decoder.launch(self.state, self._program, rounds)
+        *look, acceptance_BP, tried_BN, kept_BN = fetch(
+            (
+                state.finish_B,
+                state.num_output_B,
+                state.num_rounds_B,
+                state.acceptance_BP,
+                state.tried_BN,
+                state.kept_BN,
+            )
+        )
+        self._count(acceptance_BP, tried_BN, kept_BN)
+        return Look(*look)
+
+    def end(self, finish_B: np.ndarray) -> None:
+        """Rows that the host has ended."""
+        self._state = dataclasses.replace(self.state, finish_B=self._decoder.put(finish_B))
+
+    def _choose(self) -> None:
+        """Take the tree of the next launch."""
+        if self._dispatcher is None:
+            return
+        plan, self._most = self._dispatcher.choose(self._setting)
+        self._held = 0
+        if plan != self._program.plan:
+            new = dataclasses.replace(self._program, plan=plan)
+            if self._state is not None:
+                self._state = self._decoder.switch(self._state, self._program, new)
+            self._program, self._counted = new, None
+
+    def _count(self, *counts: np.ndarray) -> None:
+        """Add what the last launch did: the state's counts run on until a switch."""
+        before = self._counted or tuple(map(np.zeros_like, counts))
+        self._counted = counts
+        acceptance_BP, tried_BN, kept_BN = (now - then for now, then in zip(counts, before, strict=True))
+        rounds_B = kept_BN[:, 0]
+        if not rounds_B.any():
+            return
+        plan, name = self._program.plan, tree_name(self._program.plan)
+        self.rounds_by_tree[name] = self.rounds_by_tree.get(name, 0) + rounds_B
+        more = max(0, acceptance_BP.shape[1] - self.acceptance_BP.shape[1])
+        self.acceptance_BP = np.pad(self.acceptance_BP, ((0, 0), (0, more)))
+        self.acceptance_BP[:, : acceptance_BP.shape[1]] += acceptance_BP
+        if self._dispatcher is not None and isinstance(plan, StaticTree):
+            self._dispatcher.learn(self._setting, plan, int(rounds_B.max()), tried_BN.sum(0), kept_BN.sum(0))

@@ -1,0 +1,247 @@
+"""The choice of the draft tree by measurement: most expected tokens per second, plain decoding among the candidates.
+
+    value of a tree  =  expected tokens per call (``acceptance.py``)  /  seconds per round (``costs.py``)
+
+Decided per batch and again between launches, on finished rounds; the text never depends on it. All that enters a
+decision is the same on every process, so all decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jeagle.acceptance import Acceptance, expected_tokens
+from jeagle.costs import (
+    CostTable,
+    Setting,
+    agreed,
+    environment_of,
+    file_name,
+    load_costs,
+    measure_rounds,
+    save_costs,
+)
+from jeagle.decode import Program
+from jeagle.decoder import Decoder
+from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
+
+__all__ = ["CANDIDATES", "Choice", "Dispatch", "Dispatcher"]
+
+log = logging.getLogger("jeagle")
+
+CANDIDATES = ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8")
+PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
+KNOWN_TRIES = 64  # of first drafts: with fewer nothing is known of the head on these texts
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What may be chosen, and how readily. ``LLM(tree=Dispatch(candidates=["chain-2", "bush-8"]))``
+
+    Args:
+      candidates: static trees, by name, as paths or as plans; "off" is always one. Each is compiled for every batch
+        size in use, to be measured.
+      costs: a table or its file, of which the nearest batch counts; None measures each batch size when it first comes
+        up, and keeps the seconds in the cache directory.
+      gain: what a switch must promise, as a share of tokens per second.
+      probe_share: of the time, to look at trees that are not in use.
+      half_life: see ``Acceptance``.
+
+    Raises ValueError for trees that cannot be told apart by their nodes, and for numbers out of range.
+    """
+
+    candidates: Sequence[str | StaticTree | Sequence[Sequence[int]]] = CANDIDATES
+    costs: CostTable | str | Path | None = None
+    gain: float = 0.05
+    probe_share: float = 0.01
+    half_life: float = 400.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.candidates, str):
+            raise ValueError(f"candidates must be a list of trees, got {self.candidates!r}")
+        plans = [OFF, *(parse_tree(tree) for tree in self.candidates)]
+        for plan in plans:
+            if not isinstance(plan, StaticTree):
+                raise ValueError(
+                    f"candidate {tree_name(plan)} is a dynamic tree; only static ones can be chosen between"
+                )
+        if self.gain < 0 or not 0 <= self.probe_share < 1 or self.half_life <= 0:
+            raise ValueError(
+                f"gain must be 0 or more, probe_share in 0..1 and half_life above 0, got {self.gain}, "
+                f"{self.probe_share} and {self.half_life}"
+            )
+
+    @property
+    def plans(self) -> tuple[StaticTree, ...]:
+        """The candidates, each once, plain decoding first."""
+        parsed = [OFF, *(parse_tree(tree) for tree in self.candidates)]
+        return tuple(dict.fromkeys(plan for plan in parsed if isinstance(plan, StaticTree)))
+
+
+class Choice(NamedTuple):
+    plan: StaticTree
+    rounds: int | None  # of its launch at most; None for any number
+
+
+@dataclass
+class Seat:
+    """The tree in use in one setting."""
+
+    plan: StaticTree
+    rounds: int = 0  # since it was chosen, probes among them
+
+
+class Dispatcher:
+    """Costs, statistics and the trees in use, over all batches of an ``LLM``. Safe to share between threads.
+
+    While a tree is in use nothing is learnt about nodes that it does not have; while none is, about none at all. So
+    every round in use earns ``probe_share`` of its seconds, and when they pay for PROBE_ROUNDS rounds of another tree,
+    one is run for so long: those that have nodes the one in use lacks take turns, unless they would lose even if all
+    they draft were taken. Were its rounds to yield nothing, that would be the share of time lost; as each yields a
+    token at least, less is. As long as nothing is known of the head, probes are free.
+
+    What a probe in mid-text costs in acceptance, as a head that comes back remembers nothing, is counted against the
+    tree: short texts, whose probes begin with them, are judged more truly than long ones.
+    """
+
+    def __init__(self, dispatch: Dispatch, *, directory: Path | None = None):
+        """directory: where measured tables are kept; None keeps none."""
+        self.plans = dispatch.plans
+        self._options = dispatch
+        self._directory = directory
+        given = dispatch.costs
+        self._given = given if given is None or isinstance(given, CostTable) else load_costs(given)
+        if self._given is not None:
+            lacking = {tree_name(p) for row in self._given.rounds.values() for p in self.plans if p not in row}
+            if lacking or not self._given.rounds:
+                raise ValueError(f"the cost table lacks {', '.join(sorted(lacking)) or 'all rows'}; measure it again")
+        self._table = self._given or CostTable()  # what decisions are made of: settings in use, alike on every process
+        self._stored: CostTable | None = None  # the directory's table, once read; process 0 alone has one
+        self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
+        # Greedy and sampled texts are not guessed equally well.
+        self.acceptance = {sampled: Acceptance(self.plans, half_life=dispatch.half_life) for sampled in (False, True)}
+        self._seats: dict[Setting, Seat] = {}
+        self._served = dict.fromkeys(self.plans, 0)  # rounds, in any setting
+        self._credit = 0.0  # seconds earned for probes
+        self._turn = 0
+        self._lock = threading.RLock()
+
+    def prepare(self, decoder: Decoder, program: Program, setting: Setting) -> None:
+        """See to it that rounds of ``program`` have costs in ``setting``: read, or measured, which compiles every
+        candidate and takes seconds. ``program``'s plan does not matter."""
+        with self._lock:
+            if self._given is not None or setting in self._seats:
+                return
+            environment = environment_of(decoder, program)
+            path = None if self._directory is None else self._directory / file_name(environment)
+            stored = self._stored = self._stored or _read(path)
+            row = stored.rounds.get(setting, {})
+            known = agreed([row.get(plan, np.nan) for plan in self.plans])
+            if np.isnan(known).any():
+                log.info("measuring %d trees at batch %d", len(self.plans), setting.batch)
+                measured = measure_rounds(decoder, program, self.plans, setting)
+                known = agreed([measured[plan] for plan in self.plans])
+                stored.rounds[setting] = {**row, **measured}
+                if path is not None and jax.process_index() == 0:
+                    save_costs(path, stored, environment)
+            self._table.rounds[setting] = dict(zip(self.plans, known))
+            self._seconds.clear()
+
+    def seconds(self, setting: Setting) -> dict[StaticTree, float]:
+        """Of a round under each candidate."""
+        if setting not in self._seconds:
+            seconds = self._table.seconds(setting if self._given is None else self._table.nearest(setting))
+            self._seconds[setting] = {plan: seconds[plan] for plan in self.plans}
+        return self._seconds[setting]
+
+    def values(self, setting: Setting) -> dict[StaticTree, float]:
+        """Expected tokens per second of each row under each candidate."""
+        rate_DC = self.acceptance[setting.sampled].rate_DC
+        return {plan: expected_tokens(plan, rate_DC) / s for plan, s in self.seconds(setting).items()}
+
+    def choose(self, setting: Setting) -> Choice:
+        """The tree of the next launch."""
+        with self._lock:
+            seat = self._seat(setting)
+            probe = self._probe(setting, seat)
+            if probe is not None:
+                log.debug("batch %d: probing %s", setting.batch, tree_name(probe))
+                return Choice(probe, PROBE_ROUNDS)
+            # What has never run is believed on the prior alone: look again soon.
+            proven = self._served[seat.plan] >= PROBE_ROUNDS or seat.plan == OFF
+            return Choice(seat.plan, None if proven else PROBE_ROUNDS)
+
+    def learn(self, setting: Setting, plan: StaticTree, rounds: int, tried_N: np.ndarray, kept_N: np.ndarray) -> None:
+        """What a finished launch of ``rounds`` rounds counted per node, summed over its rows."""
+        with self._lock:
+            self.acceptance[setting.sampled].add(plan, tried_N, kept_N)
+            self._served[plan] += rounds
+            seat = self._seats[setting]
+            seat.rounds += rounds
+            if plan == seat.plan:
+                self._credit += self._options.probe_share * rounds * self.seconds(setting)[plan]
+
+    def _seat(self, setting: Setting) -> Seat:
+        """The seat, given to the best tree if that is worth a switch."""
+        value = self.values(setting)
+        best = max(value, key=lambda plan: value[plan])
+        seat = self._seats.get(setting)
+        if seat is None:
+            reason = "at first"
+        elif (
+            best != seat.plan
+            and seat.rounds >= PROBE_ROUNDS
+            and value[best] >= (1 + self._options.gain) * value[seat.plan]
+        ):
+            reason = f"instead of {tree_name(seat.plan)}, after {seat.rounds} rounds"
+        else:
+            return seat
+        log.info(
+            "batch %d%s: %s %s, %.2fx plain expected",
+            setting.batch,
+            ", sampled" if setting.sampled else "",
+            tree_name(best),
+            reason,
+            value[best] / value[OFF],
+        )
+        seat = self._seats[setting] = Seat(best)
+        return seat
+
+    def _probe(self, setting: Setting, seat: Seat) -> StaticTree | None:
+        """A tree that has something to teach, if one is due and paid for."""
+        known, seconds, enough = _cells(seat.plan), self.seconds(setting), self.values(setting)[seat.plan]
+        others = [p for p in self.plans if not _cells(p) <= known and (p.max_depth + 1) / seconds[p] > enough]
+        if not others or not self._options.probe_share:
+            return None
+        if seat.plan == OFF and self.acceptance[setting.sampled].tried_DC[0, 0] < KNOWN_TRIES:
+            return max(others, key=lambda p: p.max_depth)
+        plan = others[self._turn % len(others)]
+        price = PROBE_ROUNDS * seconds[plan]
+        if self._credit < price:
+            return None
+        self._credit -= price
+        self._turn += 1
+        return plan
+
+
+def _read(path: Path | None) -> CostTable:
+    """A table kept by an earlier process; an empty one if there is none, or a damaged one."""
+    if path is not None and path.exists() and jax.process_index() == 0:
+        try:
+            return load_costs(path)
+        except ValueError as error:
+            log.warning("%s: measuring again", error)
+    return CostTable()
+
+
+def _cells(plan: StaticTree) -> set[tuple[int, int]]:
+    """Depth and rank of every node."""
+    return {(len(path), path[-1]) for path in plan.paths}

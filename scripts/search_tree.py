@@ -1,0 +1,131 @@
+"""Which draft tree is fastest, batch size by batch size, on this machine with this head?
+
+    python scripts/search_tree.py MODEL HEAD --prompts scripts/prompts/mt_bench.jsonl --limit 16 --out trees.json
+    python scripts/search_tree.py MODEL HEAD --prompts A.jsonl --batch 1 4 16 --nodes 2 4 8 16 --depths 1 2 3 5
+
+Three steps. (1) The questions are answered under a wide tree, and the target's choices counted: how often it takes the
+head's child of each rank at each depth, its parent being taken. Parents are first children; other ones are taken to
+have children as good. (2) For every size and depth the tree with the most expected tokens is found (Sequoia,
+arXiv:2402.12374; jeagle/tree_search.py). (3) A round of each is timed at each batch size (jeagle/costs.py), plain
+decoding beside them, and tokens per second are expected tokens over seconds.
+
+**Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1. **Speed-up**
+is over plain decoding at the same batch size. Both speak of the decode rounds alone. The result is a cost table, too:
+``Dispatch(candidates=[...], costs="trees.json")`` takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+from common import environment, load_questions, write_result
+from rich.console import Console
+from rich.table import Table
+
+from jeagle import LLM, SamplingParams
+from jeagle.acceptance import Acceptance, expected_tokens
+from jeagle.costs import CostTable, Setting, measure_rounds
+from jeagle.decode import Program
+from jeagle.dispatch import Dispatch
+from jeagle.sampling import Filters
+from jeagle.tree import OFF, StaticTree, tree_name
+from jeagle.tree_search import best_trees, comb, fastest
+
+
+def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Acceptance:
+    """What the target took, over all answers."""
+    assert llm.dispatcher is not None
+    llm.generate(prompts, params)
+    return llm.dispatcher.acceptance[params.temperature > 0]
+
+
+def always(plan: StaticTree) -> Dispatch:
+    """A dispatcher that counts and never chooses another tree: by its table plain rounds take an hour."""
+    costs = CostTable({Setting(1, 1, False): {OFF: 3600.0, plan: 1e-3}})
+    return Dispatch(candidates=[plan], costs=costs, probe_share=0.0, half_life=np.inf)
+
+
+def rows_of(rate_DC: np.ndarray, seconds: dict[StaticTree, float]) -> list[dict[str, Any]]:
+    """A row per tree, the fastest first."""
+
+    def row(plan: StaticTree) -> dict[str, Any]:
+        tokens = expected_tokens(plan, rate_DC)
+        return dict(
+            tree=tree_name(plan),
+            nodes=plan.num_nodes,
+            depth=plan.max_depth,
+            round_ms=seconds[plan] * 1e3,
+            expected_tokens=tokens,
+            speedup=tokens * seconds[OFF] / seconds[plan],
+        )
+
+    return sorted(map(row, seconds), key=lambda r: -r["speedup"])
+
+
+def print_rows(console: Console, batch: int, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"batch {batch}", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "tree" else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="converted checkpoint, HF directory, hub name or .gguf")
+    parser.add_argument("head", help="EAGLE head, in the same forms or by name")
+    parser.add_argument("--prompts", required=True, help="questions, a JSON-lines file")
+    parser.add_argument("--limit", type=int, help="ask only so many, spread evenly over the file")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; half are the context")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="most nodes, the root included")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5], help="most levels below the root")
+    parser.add_argument("--ranks", type=int, default=8, help="children per node of the wide tree")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
+    parser.add_argument("--out", help="also write the JSON here")
+    args = parser.parse_args()
+
+    here = environment()
+    llm = LLM(args.model, args.head, tree=always(comb(max(args.depths), args.ranks)), dtype=args.dtype)
+    questions = load_questions(args.prompts, args.limit)
+    prompts = [llm.apply_chat_template([{"role": "user", "content": q.turns[0]}]) for q in questions]
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=0)
+    acceptance = counted(llm, prompts, params)
+    rate_DC = acceptance.rate_DC
+
+    trees = best_trees(rate_DC, args.nodes, args.depths)
+    program = Program(filters=Filters.needed([params]))
+    settings = [Setting(batch, args.capacity, args.temperature > 0) for batch in args.batch]
+    costs = CostTable({s: measure_rounds(llm._decoder, program, trees, s) for s in settings})
+    console = Console()
+    best = {}
+    for setting in settings:
+        seconds = costs.seconds(setting)
+        print_rows(console, setting.batch, rows_of(rate_DC, seconds))
+        best[setting.batch] = tree_name(fastest(rate_DC, seconds))
+    print(", ".join(f"batch {batch}: {name}" for batch, name in best.items()))
+    if args.out:
+        result = dict(
+            **here,
+            model=args.model,
+            head=args.head,
+            prompts=args.prompts,
+            answers=len(prompts),
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            rate=rate_DC.tolist(),
+            tried=acceptance.tried_DC.tolist(),
+            best=best,
+            trees={s.batch: rows_of(rate_DC, costs.seconds(s)) for s in settings},
+            rounds=costs.rows(),
+        )
+        write_result(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
