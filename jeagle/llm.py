@@ -30,7 +30,7 @@ from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
 from jeagle.placement import place
-from jeagle.requests import Row, bucket, check_prompt, make_batch, make_rows, pack
+from jeagle.requests import Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
 from jeagle.results import Finished, collect, request_output, stop_at_strings
 from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
@@ -63,7 +63,8 @@ class LLM:
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
       max_batch_size: rows decoded side by side; more prompts are served in turns.
       rounds_per_launch: rounds the device runs before the host looks (progress, Ctrl-C).
-      prefill_chunk: prompt positions per forward. page_size: cache positions per page.
+      prefill_chunk: most prompt positions per forward; where it pads less a half or a quarter, 64 at least.
+      page_size: cache positions per page.
       kv_cache_dtype: "auto" (the model's) or "fp8" (float8_e4m3fn with a scale per position and kv head; also called
         "fp8_e4m3"), for the target's cache and the head's.
       tensor_parallel_size: devices that share every layer. data_parallel_size: groups of them that share the rows.
@@ -159,7 +160,7 @@ class LLM:
         self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
-        self._chunk = prefill_chunk
+        self._chunks = [size for size in chunk_sizes(prefill_chunk) if size == prefill_chunk or _fits(target, size)]
         self._attention, self._sampler = attention, sampler
         self.synthetic_acceptance = None if synthetic_acceptance is None else check_profile(synthetic_acceptance)
         cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
@@ -303,7 +304,7 @@ class LLM:
         """What serves a batch, and the batch."""
         decoder = self._decoder
         shapes = bucket(
-            rows, page_size=decoder.page_size, chunk=self._chunk, limit=self.max_model_len, shards=decoder.row_shards
+            rows, page_size=decoder.page_size, chunks=self._chunks, limit=self.max_model_len, shards=decoder.row_shards
         )
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
         program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
@@ -336,6 +337,15 @@ class LLM:
                 break
         spent = (prefilled - began, time.perf_counter() - prefilled)
         return collect(rows, course, texts, spent)
+
+
+def _fits(target: Llama, chunk: int) -> bool:
+    """Whether prompts may be filled in such chunks."""
+    try:
+        target.check_chunk(chunk)
+    except ValueError:
+        return False
+    return True
 
 
 def _auto_tree() -> str:

@@ -9,10 +9,12 @@ import numpy as np
 from jeagle.decoder import Batch
 from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
 
-__all__ = ["Bucket", "Row", "bucket", "check_prompt", "make_batch", "make_rows", "pack"]
+__all__ = ["Bucket", "Row", "bucket", "check_prompt", "chunk_sizes", "make_batch", "make_rows", "pack"]
 
-# Prompts of up to this many tokens are prefilled in one short chunk; longer ones in chunks of the engine's full size.
-SHORT_CHUNK = 64
+SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
+# Positions whose arithmetic takes about as long as reading the weights (an H100 in bfloat16: 295; a CPU: fewer). A
+# forward over fewer costs no less.
+FULL_FORWARD = 256
 SMALLEST_CAPACITY = 256
 
 
@@ -81,13 +83,26 @@ def pack(rows: list[Row], max_batch_size: int) -> list[list[Row]]:
     return [ordered[i : i + max_batch_size] for i in range(0, len(ordered), max_batch_size)]
 
 
-def bucket(rows: list[Row], *, page_size: int, chunk: int, limit: int, shards: int = 1) -> Bucket:
-    """Powers of two, the batch times ``shards``; the capacity stops at the model's limit, rounded up to whole pages."""
+def chunk_sizes(longest: int) -> list[int]:
+    """The prefill chunks to choose from, the shortest first. Example: 256 gives 64, 128, 256."""
+    sizes = [longest]
+    while sizes[0] % 2 == 0 and sizes[0] // 2 >= SHORT_CHUNK:
+        sizes.insert(0, sizes[0] // 2)
+    return sizes
+
+
+def bucket(rows: list[Row], *, page_size: int, chunks: list[int], limit: int, shards: int = 1) -> Bucket:
+    """Powers of two, the batch times ``shards``; the capacity stops at the model's limit, rounded up to whole pages.
+
+    Of the prefill chunks the one that takes the rows through their prompts soonest: every row runs as far as the
+    longest, in whole chunks, so short ones pad less, and long ones read the weights less often.
+    """
     capacity = max(_power_of_two(max(row.num_positions for row in rows)), SMALLEST_CAPACITY)
     capacity = -(-min(capacity, max(limit, 1)) // page_size) * page_size
     longest = max(len(row.prompt) for row in rows) - 1
     batch = shards * _power_of_two(-(-len(rows) // shards))
-    return Bucket(batch, capacity, min(SHORT_CHUNK, chunk) if longest <= SHORT_CHUNK else chunk)
+    chunk = min(chunks, key=lambda c: (-(-longest // c) * max(batch // shards * c, FULL_FORWARD), c))
+    return Bucket(batch, capacity, chunk)
 
 
 def make_batch(rows: list[Row], size: int) -> tuple[Batch, Filters, int | None]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jeagle.requests import SHORT_CHUNK, SMALLEST_CAPACITY, Row, bucket, check_prompt, make_batch, make_rows, pack
+from jeagle.requests import SMALLEST_CAPACITY, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
 from jeagle.sampling import Filters, SamplingParams, seed_keys
 
 
@@ -106,36 +106,49 @@ def test_pack_loses_nobody_and_sorts_by_length(lengths, most):
 def test_buckets_hold_their_rows_and_no_more_than_the_limit(lengths, max_tokens, page_size, spare):
     rows = rows_of(*lengths, max_tokens=max_tokens)
     limit = max(lengths) + max_tokens + spare  # what check_prompt lets through
-    got = bucket(rows, page_size=page_size, chunk=256, limit=limit)
+    got = bucket(rows, page_size=page_size, chunks=chunk_sizes(256), limit=limit)
     needed = max(row.num_positions for row in rows)
     assert got.batch >= len(rows) and is_power_of_two(got.batch) and got.batch < 2 * len(rows) + 1
     assert got.capacity >= needed and got.capacity >= max_tokens and got.capacity % page_size == 0
     assert got.capacity < limit + page_size
     assert got.capacity < max(2 * needed, SMALLEST_CAPACITY) + page_size
-    assert got.chunk == (SHORT_CHUNK if max(lengths) - 1 <= SHORT_CHUNK else 256)
+    assert got.chunk in (64, 128, 256) and (got.chunk == 64 or max(lengths) - 1 > 64)
 
 
 def test_buckets_are_few():
-    """Every mix of up to 8 prompts of up to 1,000 tokens falls into 4 batch sizes, 3 capacities and 2 chunks."""
+    """Every mix of up to 8 prompts of up to 1,000 tokens falls into 4 batch sizes, 3 capacities and 3 chunks."""
     seen = {
-        bucket(rows_of(*[1] * (n - 1), length), page_size=64, chunk=256, limit=2048)
+        bucket(rows_of(*[1] * (n - 1), length), page_size=64, chunks=chunk_sizes(256), limit=2048)
         for n in range(1, 9)
         for length in (1, 2, 64, 65, 66, 100, 250, 400, 505, 506, 700, 1000)
     }
     assert {b.batch for b in seen} == {1, 2, 4, 8}
     assert {b.capacity for b in seen} == {256, 512, 1024}
-    assert {b.chunk for b in seen} == {SHORT_CHUNK, 256}
+    assert {b.chunk for b in seen} == {64, 128, 256}
 
 
 def test_bucket_examples():
-    assert bucket(rows_of(249), page_size=64, chunk=256, limit=4096).capacity == 256  # 249 + 8 - 1 positions
-    assert bucket(rows_of(250), page_size=64, chunk=256, limit=4096).capacity == 512
-    assert bucket(rows_of(250), page_size=64, chunk=256, limit=300).capacity == 320
-    assert bucket(rows_of(5), page_size=64, chunk=32, limit=20).capacity == 64
-    assert bucket(rows_of(5), page_size=64, chunk=32, limit=20).chunk == 32
+    def got(length: int, longest_chunk: int, limit: int):
+        return bucket(rows_of(length), page_size=64, chunks=chunk_sizes(longest_chunk), limit=limit)
+
+    assert got(249, 256, 4096).capacity == 256  # 249 + 8 - 1 positions
+    assert got(250, 256, 4096).capacity == 512
+    assert got(250, 256, 300).capacity == 320
+    assert got(5, 32, 20).capacity == 64 and got(5, 32, 20).chunk == 32
+
+
+def test_chunks_pad_little_and_read_the_weights_seldom():
+    assert [chunk_sizes(n) for n in (256, 96, 100, 130, 8)] == [[64, 128, 256], [96], [100], [65, 130], [8]]
+
+    def chunk(rows: int, longest: int) -> int:
+        prompts = rows_of(*[5] * (rows - 1), longest)
+        return bucket(prompts, page_size=64, chunks=chunk_sizes(256), limit=2048).chunk
+
     # The last token of a prompt is not prefilled, so one more than the chunk still fits.
-    chunks = [bucket(rows_of(n), page_size=64, chunk=256, limit=999).chunk for n in (SHORT_CHUNK + 1, SHORT_CHUNK + 2)]
-    assert chunks == [SHORT_CHUNK, 256]
+    assert [chunk(1, n) for n in (1, 65, 66, 129, 130, 287)] == [64, 64, 128, 128, 256, 256]
+    # Several rows make a full forward of shorter chunks, which pad less.
+    assert [chunk(2, n) for n in (65, 107, 130, 1025)] == [64, 128, 128, 128]
+    assert [chunk(4, n) for n in (65, 107, 130, 1025)] == [64, 64, 64, 64]
 
 
 def test_batches_are_padded_with_finished_rows():
