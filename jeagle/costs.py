@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,10 +23,11 @@ import numpy as np
 import jeagle
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder
-from jeagle.floor import Job
-from jeagle.plan import make_plan
 from jeagle.sampling import RowSampling, SamplingParams, seed_keys
 from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
+
+if TYPE_CHECKING:
+    from jeagle.floor import Job
 
 __all__ = [
     "CostTable",
@@ -135,6 +136,8 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
 def modelled_costs(job: Job, plans: Iterable[StaticTree], batches: Iterable[int]) -> CostTable:
     """A table of rooflines (``jeagle/floor.py``), the expected number of unique experts among them: what to begin with
     where nothing has been measured. ``job`` says all but tree and batch, and must have a head."""
+    from jeagle.plan import make_plan  # every start of ``LLM`` would pay for what few ask
+
     rounds: dict[Setting, dict[StaticTree, float]] = {}
     plans = tuple(plans)
     for batch in batches:
