@@ -160,7 +160,7 @@ class LLM:
         self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
-        self._chunks = [size for size in chunk_sizes(prefill_chunk) if size == prefill_chunk or _fits(target, size)]
+        self._chunks = [size for size in chunk_sizes(prefill_chunk) if _fits(target, size)]
         self._attention, self._sampler = attention, sampler
         self.synthetic_acceptance = None if synthetic_acceptance is None else check_profile(synthetic_acceptance)
         cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]

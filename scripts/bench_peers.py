@@ -92,7 +92,7 @@ class Contender:
 
     def __init__(self, name: str, run: Callable[[Ids], tuple[Ids, float]], most_rows: int | None = None):
         self.name, self.most_rows = name, most_rows
-        self._run = run
+        self.run = run
         self.status = "measured"
         self.rates: list[float] = []
         self.texts: list[Ids] = []
@@ -108,7 +108,7 @@ class Contender:
             return
         time.sleep(PAUSE)
         try:
-            ids, seconds = self._run(prompts)
+            ids, seconds = self.run(prompts)
         except Missing as why:
             self.status = str(why)
             return
@@ -230,7 +230,7 @@ def join(args: argparse.Namespace, longest: int, contenders: list[Contender], wo
                 entrant.status = str(why) if isinstance(why, Missing) else f"failed: {why}"
             continue
         for entrant in entrants:
-            entrant._run = theirs(worker, args.max_tokens, args.lookup if entrant.name == LOOKUP else 0)
+            entrant.run = theirs(worker, args.max_tokens, args.lookup if entrant.name == LOOKUP else 0)
     return versions
 
 

@@ -204,6 +204,15 @@ def test_prompt_chunks_must_not_cross_borders(bench):
         Llama4EagleHead(HEADS["meta"], rngs=nnx.Rngs(1)).check_chunk(24)
 
 
+def test_shorter_chunks_must_not_cross_borders_either():
+    """LLM halves its chunk where that pads less: 96 positions would cross the border at 64, 64 do not."""
+    target = Llama4(
+        Llama4Config.tiny(num_layers=2, moe_layers=(1,), nope_layers=(1,), attention_chunk=64), rngs=nnx.Rngs(0)
+    )
+    assert LLM(target, prefill_chunk=192)._chunks == [192]
+    assert LLM(target, prefill_chunk=256)._chunks == [64, 128, 256]
+
+
 def test_views_of_a_draft_that_runs_ahead():
     """Chunks of 4, five committed positions, a pending one at 5 and levels at 6, 7 and 8: 8 sees itself alone."""
     prefix = Prefix.full(jnp.zeros((1, 1), jnp.int32), jnp.array([5]))
