@@ -41,7 +41,7 @@ from jeagle.eagle import EagleHead
 from jeagle.llama4_config import Llama4EagleConfig
 from jeagle.weights import Fp8, dtype_of
 
-__all__ = ["export", "llama_config", "main"]
+__all__ = ["export", "llama_config", "main", "new_directory"]
 
 SPECULATORS_VERSION = "0.9.0"  # the release whose fields and names are written here
 
@@ -105,7 +105,7 @@ def export(
         marked = np.zeros(config.vocab_size, bool)
         marked[tensors["draft_to_target"]] = True
         weights["t2d"] = marked
-    with _new_directory(destination) as directory:
+    with new_directory(destination) as directory:
         (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
     return destination
@@ -263,7 +263,7 @@ def _speculators_config(config: EagleConfig, verifier: str | None, speculative_t
 
 
 @contextlib.contextmanager
-def _new_directory(destination: Path) -> Iterator[Path]:
+def new_directory(destination: Path) -> Iterator[Path]:
     """A temporary sibling that gets the name at the end; any other end removes it."""
     temporary = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(4)}")
     try:

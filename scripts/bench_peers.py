@@ -1,6 +1,6 @@
 """How fast is jeagle beside HF transformers, llama.cpp and vLLM, on the same prompts and weights?
 
-    python scripts/hf_directory.py models/smollm2-135m smollm2-hf --gguf smollm2-f32.gguf
+    python -m convert.export_target models/smollm2-135m smollm2-hf --gguf smollm2-f32.gguf
     python scripts/bench_peers.py smollm2-hf --gguf smollm2-f32.gguf --draft smollm2-135m-eagle3 --batch 1 8 \\
         --prompts scripts/prompts/mt_bench.jsonl --peer-python PYTHON_WITH_TORCH --out peers.json
 
@@ -239,7 +239,7 @@ def measure(args: argparse.Namespace, workers: list[Worker]) -> dict[str, Any]:
         raise ValueError("--batch, --repeats and --max-tokens must be at least 1, --lookup at least 0")
     check_outputs(args.out, None)
     if not args.model.is_dir():
-        raise ValueError(f"{args.model} is not a directory; scripts/hf_directory.py writes one")
+        raise ValueError(f"{args.model} is not a directory; python -m convert.export_target writes one")
     questions = [q for path in args.prompts for q in load_questions(path, args.limit)]
     profile = None if args.synthetic_acceptance is None else constant_profile(args.synthetic_acceptance)
     here = environment()

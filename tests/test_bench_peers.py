@@ -14,7 +14,7 @@ from checkpoints import arrays
 from reciter import make_head
 from tiny_tokenizer import EOS, VOCAB_SIZE
 
-from convert import convert
+from convert import convert, export_target
 from jeagle import EagleConfig
 from jeagle.checkpoint import load_llama
 from jeagle.checkpoint_writer import save
@@ -22,7 +22,6 @@ from jeagle.checkpoint_writer import save
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import bench_peers
-import hf_directory
 
 # Says 7, 7, 7 .. whatever is asked; refuses to look up; "gone" is a package that is not there.
 FAKE = """
@@ -59,8 +58,8 @@ def files(tmp_path_factory, target) -> dict[str, Path]:
     (directory / "questions.jsonl").write_text("\n".join(json.dumps({"turns": [t]}) for t in ("ab", "again", "c")))
     (directory / "fake.py").write_text(FAKE.format(protocol=str(Path(bench_peers.__file__).parent / "peers")))
     paths = dict(hf=directory / "hf", gguf=directory / "all.gguf", checkpoint=checkpoint, head=head)
-    config, tensors = hf_directory.write_directory(checkpoint, paths["hf"])
-    hf_directory.write_gguf(paths["gguf"], config, tensors)
+    config, tensors = export_target.write_directory(checkpoint, paths["hf"])
+    export_target.write_gguf(paths["gguf"], config, tensors)
     return paths | dict(prompts=directory / "questions.jsonl", fake=directory / "fake.py")
 
 
@@ -141,5 +140,7 @@ def test_refused(files, monkeypatch, capsys):
         assert bench_peers.main() == 1
         errors = capsys.readouterr().err
         assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["hf_directory.py", str(files["checkpoint"]), str(files["hf"])])
-    assert hf_directory.main() == 1 and "already exists" in capsys.readouterr().err
+    assert (
+        export_target.main([str(files["checkpoint"]), str(files["hf"])]) == 1
+        and "already exists" in capsys.readouterr().err
+    )

@@ -1,7 +1,7 @@
-"""A converted target back as a Hugging Face directory, and as a GGUF file of the same floats: what bench_peers.py gives
-to other engines, so that all run the very same weights.
+"""A converted target back as a Hugging Face directory, and as a GGUF file of the same floats: what
+scripts/bench_peers.py gives to other engines, so that all run the very same weights.
 
-    python scripts/hf_directory.py models/smollm2-135m DIRECTORY [--gguf FILE]
+    python -m convert.export_target models/smollm2-135m DIRECTORY [--gguf FILE]
 
 SmolLM2 comes to jeagle as a quantised GGUF file (``convert/smollm2.py``); what is written here are the float32 numbers
 that the converter made of it. The GGUF file has no vocabulary: token ids go in and come out. Needs the gguf package.
@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convert import ConversionError
-from convert.export import llama_config
+from convert.__main__ import run
+from convert.export import llama_config, new_directory
 from convert.gguf_file import BLOCK_NAMES, NAMES
 from convert.llama import describe
 from convert.table import unfill
-from jeagle.checkpoint import CheckpointError, load_llama
+from jeagle.checkpoint import load_llama
 from jeagle.config import LlamaConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -51,12 +52,12 @@ def write_directory(checkpoint: Path, destination: Path) -> tuple[LlamaConfig, d
     found = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(target))}
     rules = describe(written, {}).rules
     tensors = {name: np.ascontiguousarray(part) for name, part in unfill(rules, found)}
-    destination.mkdir(parents=True)
-    (destination / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).exists():
-            shutil.copyfile(checkpoint / name, destination / name)
+    with new_directory(destination) as directory:
+        (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
+        for name in TOKENIZER_FILES:
+            if (checkpoint / name).exists():
+                shutil.copyfile(checkpoint / name, directory / name)
     return target.config, tensors
 
 
@@ -99,21 +100,22 @@ def write_gguf(path: Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray
     writer.close()
 
 
-def main() -> int:
-    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("destination", type=Path)
-    parser.add_argument("--gguf", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    try:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.export_target", description="Write a converted target as other engines read it."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a target's directory, as python -m convert wrote it")
+    parser.add_argument("destination", type=Path, help="the directory to make; it must not exist")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="also a GGUF file, for llama.cpp")
+    args = parser.parse_args(argv)
+
+    def work() -> Path:
         config, tensors = write_directory(args.checkpoint, args.destination)
         if args.gguf:
             write_gguf(args.gguf, config, tensors)
-    except (ConversionError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return args.destination
+
+    return run(work)
 
 
 if __name__ == "__main__":
