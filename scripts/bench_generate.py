@@ -27,7 +27,6 @@ object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from bench_decode import Timed, verify_steps
-from common import environment, load_questions, spread, write_result
+from common import environment, exit_code, load_questions, spread, write_result
 from engines import PLAIN, Engine, figures
 from flax import nnx
 from measuring import bandwidth, head_bytes, load_pair, make_batch, random_head, target_bytes
@@ -247,13 +246,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     args = parse_arguments()
-    try:
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result))
-    return 0
+    return exit_code(lambda: measure(args))
 
 
 if __name__ == "__main__":

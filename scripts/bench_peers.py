@@ -32,7 +32,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from common import environment, load_questions, spread, write_result
+from common import environment, exit_code, load_questions, spread, write_result
 from measuring import compiled_before
 from reporting import check_outputs, make_console, new_table, synthetic_note
 from tqdm import tqdm
@@ -277,15 +277,10 @@ def main() -> int:
     args = parse_arguments()
     workers: list[Worker] = []
     try:
-        result = measure(args, workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_code(lambda: measure(args, workers))
     finally:
         for worker in workers:
             worker.close()
-    print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

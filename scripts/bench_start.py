@@ -121,23 +121,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--first-piece", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    try:
-        if args.first_piece:
-            print(json.dumps(first_piece(json.loads(args.first_piece))))
-            return 0
-        if args.model is None:
-            parser.error("a model is needed")
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    from common import write_result
+    if args.first_piece:
+        print(json.dumps(first_piece(json.loads(args.first_piece))))
+        return 0
+    if args.model is None:
+        parser.error("a model is needed")
+    from common import exit_code
 
-    print_table(result)
-    if args.out:
-        write_result(args.out, result)
-    print(json.dumps(result))
-    return 0
+    return exit_code(lambda: measure(args), print_table, args.out)
 
 
 if __name__ == "__main__":

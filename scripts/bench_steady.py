@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from common import environment, spread, tokens_per_second, write_result
+from common import environment, exit_code, spread, tokens_per_second
 from measuring import compiled_before, host_share, memory_now
 from reporting import check_outputs, make_console, new_table
 from tqdm import tqdm
@@ -117,16 +116,7 @@ def main() -> int:
     parser.add_argument("--request-tokens", type=int, default=16, help="tokens that each of them asks for")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
-    try:
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_table(result)
-    if args.out:
-        write_result(args.out, result)
-    print(json.dumps(result))
-    return 0
+    return exit_code(lambda: measure(args), print_table, args.out)
 
 
 if __name__ == "__main__":

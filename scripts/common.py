@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -29,6 +29,7 @@ __all__ = [
     "Question",
     "chat_in_pairs",
     "environment",
+    "exit_code",
     "load_questions",
     "pooled",
     "spread",
@@ -175,3 +176,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """``result`` as indented JSON."""
     Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def exit_code(
+    measure: Callable[[], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None] = lambda result: None,
+    out: str | Path | None = None,
+) -> int:
+    """Measure, show, write, and print the JSON as the last line: 0, or 1 for an error said in one sentence."""
+    try:
+        result = measure()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    show(result)
+    if out:
+        write_result(out, result)
+    print(json.dumps(result))
+    return 0
