@@ -177,8 +177,7 @@ class EagleHead(FullRope, nnx.Module):
         """LM head over [..., D], float32 [..., W] in the draft vocabulary."""
         if self.lm_head is None:
             return target.logits(hidden)
-        weights = Matrix.of(self.lm_head, self.lm_head_scale)
-        return lm_head(hidden, weights, "...D,DW->...W", self.config.draft_vocab_size)
+        return lm_head(hidden, Matrix.of(self.lm_head, self.lm_head_scale), self.config.draft_vocab_size)
 
     @property
     def vocab_axis(self) -> str:

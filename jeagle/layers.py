@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from jeagle.config import BlockConfig
-from jeagle.sharding import Axes, across, constrain, rows_split, split
+from jeagle.few_rows import multiply_rows
+from jeagle.sharding import Axes, across, constrain, split
 from jeagle.weights import Matrix, make_matrix, product, vector_dtype
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "Rope",
-    "by_rows",
     "lm_head",
     "rope_frequencies",
     "rotate",
@@ -42,32 +42,14 @@ Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
 # weights that read it, and turn each all-reduce into a reduce-scatter and an all-gather, with norms between them.
 STREAM: Axes = ("rows", None, "width")
 
-ROWS_APART = 4  # float32 rows that a CPU multiplies one by one ..
-LARGE = 1 << 16  # .. with weights of at least so many numbers: programs take longer to compile, so it must be worth it
 
-
-def by_rows(multiply: Callable[[jax.Array], jax.Array], x: jax.Array, weights: jax.Array) -> jax.Array:
-    """``multiply(x)``, x [..., n], for a product with ``weights`` that treats every row alike.
-
-    On a CPU, 2 to ROWS_APART rows are multiplied one by one. XLA:CPU streams the weights through a matrix-vector
-    product but repacks them for a matrix-matrix one, which costs more than reading them from the cache again for each
-    row (scripts/bench_decode.py measures it: how much is won depends on the machine's caches).
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if not 1 < len(rows) <= ROWS_APART or x.dtype != jnp.float32 or weights.size < LARGE or rows_split():
-        return multiply(x)
-
-    def apart(x: jax.Array) -> jax.Array:
-        each = [multiply(x.reshape(-1, x.shape[-1])[i : i + 1]) for i in range(len(rows))]
-        return jnp.concatenate(each).reshape(*x.shape[:-1], *each[0].shape[1:])
-
-    return jax.lax.platform_dependent(x, cpu=apart, default=multiply)
-
-
-def lm_head(hidden: jax.Array, weights: Matrix, subscripts: str, size: int) -> jax.Array:
-    """Logits float32 [..., V] of hidden [..., D]. Ids from ``size`` on are padding that made V divisible: -inf."""
-    contract = partial(jnp.einsum, subscripts)
-    logits = by_rows(lambda x: product(x, weights, contract, jnp.float32), hidden, weights.kernel)
+def lm_head(hidden: jax.Array, weights: Matrix, size: int, *, tied: bool = False) -> jax.Array:
+    """Logits float32 [..., V] of hidden [..., D]. weights: [D, V], or an embedding [V, D] that is ``tied``. Ids from
+    ``size`` on are padding that made V divisible: -inf."""
+    contract = partial(jnp.einsum, "...D,VD->...V" if tied else "...D,DV->...V")
+    logits = multiply_rows(
+        hidden, weights.kernel, lambda x: product(x, weights, contract, jnp.float32), inputs_first=not tied
+    )
     if logits.shape[-1] == size:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < size, logits, -jnp.inf)
@@ -167,7 +149,7 @@ class Linear(nnx.Module):
         width = math.prod(shape[: self.num_inputs])
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], width)
         matrix = matrix._replace(kernel=matrix.kernel.reshape(width, *shape[self.num_inputs :]))
-        return by_rows(lambda x: product(x, matrix, partial(jnp.tensordot, axes=1)), x, matrix.kernel)
+        return multiply_rows(x, matrix.kernel, lambda x: product(x, matrix, partial(jnp.tensordot, axes=1)))
 
 
 class Block(nnx.Module):

@@ -140,6 +140,5 @@ class Llama(FullRope, nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM head over [..., D], float32 [..., V]."""
         if self.lm_head is None:
-            return lm_head(hidden, self.table, "...D,VD->...V", self.config.vocab_size)
-        weights = Matrix.of(self.lm_head, self.lm_head_scale)
-        return lm_head(hidden, weights, "...D,DV->...V", self.config.vocab_size)
+            return lm_head(hidden, self.table, self.config.vocab_size, tied=True)
+        return lm_head(hidden, Matrix.of(self.lm_head, self.lm_head_scale), self.config.vocab_size)

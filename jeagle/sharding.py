@@ -35,9 +35,9 @@ __all__ = [
     "fetch",
     "is_axes",
     "make_mesh",
+    "on_mesh",
     "replicated",
     "rows_first",
-    "rows_split",
     "split",
     "split_axis",
     "split_rows",
@@ -177,10 +177,9 @@ def use(layout: Layout | None) -> Iterator[None]:
         _layout.reset(token)
 
 
-def rows_split() -> bool:
-    """Whether the program being traced splits its rows over devices."""
-    layout = _layout.get()
-    return layout is not None and layout.parts("rows") > 1
+def on_mesh() -> bool:
+    """Whether the program being traced is laid out over a mesh."""
+    return _layout.get() is not None
 
 
 def rows_first(x: Any) -> Axes:
