@@ -32,6 +32,7 @@ from jeagle.costs import (
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
+from jeagle.tree_table import TreeTable
 
 __all__ = ["CANDIDATES", "Choice", "Dispatch", "Dispatcher"]
 
@@ -39,7 +40,7 @@ log = logging.getLogger("jeagle")
 
 CANDIDATES = ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8")
 PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
-KNOWN_TRIES = 64  # of first drafts: with fewer nothing is known of the head on these texts
+KNOWN_TRIES = 64  # of first drafts: with fewer nothing is known of a head that comes without a table
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Dispatch:
     """What may be chosen, and how readily. ``LLM(tree=Dispatch(candidates=["chain-2", "bush-8"]))``
 
     Args:
-      candidates: static trees, by name, as paths or as plans; "off" is always one. Each is compiled for every batch
-        size in use, to be measured.
+      candidates: static trees, by name, as paths or as plans; "off" is always one. None: what was searched for the
+        head, where it comes with a table (``tree_table.py``), else CANDIDATES. Each is compiled for every batch size in
+        use, to be measured.
       costs: a table or its file, of which the nearest batch counts; None measures each batch size when it first comes
         up, and keeps the seconds in the cache directory.
       gain: what a switch must promise, as a share of tokens per second.
@@ -58,7 +60,7 @@ class Dispatch:
     Raises ValueError for trees that cannot be told apart by their nodes, and for numbers out of range.
     """
 
-    candidates: Sequence[str | StaticTree | Sequence[Sequence[int]]] = CANDIDATES
+    candidates: Sequence[str | StaticTree | Sequence[Sequence[int]]] | None = None
     costs: CostTable | str | Path | None = None
     gain: float = 0.05
     probe_share: float = 0.01
@@ -67,8 +69,7 @@ class Dispatch:
     def __post_init__(self) -> None:
         if isinstance(self.candidates, str):
             raise ValueError(f"candidates must be a list of trees, got {self.candidates!r}")
-        plans = [OFF, *(parse_tree(tree) for tree in self.candidates)]
-        for plan in plans:
+        for plan in map(parse_tree, self.candidates or ()):
             if not isinstance(plan, StaticTree):
                 raise ValueError(
                     f"candidate {tree_name(plan)} is a dynamic tree; only static ones can be chosen between"
@@ -79,10 +80,12 @@ class Dispatch:
                 f"{self.probe_share} and {self.half_life}"
             )
 
-    @property
-    def plans(self) -> tuple[StaticTree, ...]:
-        """The candidates, each once, plain decoding first."""
-        parsed = [OFF, *(parse_tree(tree) for tree in self.candidates)]
+    def plans(self, table: TreeTable | None = None) -> tuple[StaticTree, ...]:
+        """The candidates, each once, plain decoding first. table: of the head."""
+        given = self.candidates
+        if given is None:
+            given = CANDIDATES if table is None else tuple(table.best.values())
+        parsed = [OFF, *map(parse_tree, given)]
         return tuple(dict.fromkeys(plan for plan in parsed if isinstance(plan, StaticTree)))
 
 
@@ -112,9 +115,9 @@ class Dispatcher:
     tree: short texts, whose probes begin with them, are judged more truly than long ones.
     """
 
-    def __init__(self, dispatch: Dispatch, *, directory: Path | None = None):
-        """directory: where measured tables are kept; None keeps none."""
-        self.plans = dispatch.plans
+    def __init__(self, dispatch: Dispatch, *, table: TreeTable | None = None, directory: Path | None = None):
+        """table: of the head, where it comes with one. directory: where measured costs are kept; None keeps none."""
+        self.plans = dispatch.plans(table)
         self._options = dispatch
         self._directory = directory
         given = dispatch.costs
@@ -127,7 +130,12 @@ class Dispatcher:
         self._stored: CostTable | None = None  # the directory's table, once read; process 0 alone has one
         self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
         # Greedy and sampled texts are not guessed equally well.
-        self.acceptance = {sampled: Acceptance(self.plans, half_life=dispatch.half_life) for sampled in (False, True)}
+        prior_DC = None if table is None else table.rate_DC
+        self.acceptance = {
+            sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior_DC=prior_DC)
+            for sampled in (False, True)
+        }
+        self._tries_to_know = KNOWN_TRIES if table is None else 0
         self._seats: dict[Setting, Seat] = {}
         self._served = dict.fromkeys(self.plans, 0)  # rounds, in any setting
         self._credit = 0.0  # seconds earned for probes
@@ -221,7 +229,7 @@ class Dispatcher:
         others = [p for p in self.plans if not _cells(p) <= known and (p.max_depth + 1) / seconds[p] > enough]
         if not others or not self._options.probe_share:
             return None
-        if seat.plan == OFF and self.acceptance[setting.sampled].tried_DC[0, 0] < KNOWN_TRIES:
+        if seat.plan == OFF and self.acceptance[setting.sampled].tried_DC[0, 0] < self._tries_to_know:
             return max(others, key=lambda p: p.max_depth)
         plan = others[self._turn % len(others)]
         price = PROBE_ROUNDS * seconds[plan]

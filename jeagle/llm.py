@@ -36,6 +36,7 @@ from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, TreePlan, parse_tree
+from jeagle.tree_table import TreeTable
 from jeagle.verify import check_profile
 
 __all__ = ["LLM"]
@@ -122,31 +123,37 @@ class LLM:
         many = data_parallel_size * tensor_parallel_size > 1
         layout = Layout(make_mesh(data_parallel_size, tensor_parallel_size), rules) if many else None
         cache = cache_directory(cache_dir)
+        _keep_compiled_programs(cache / "xla")
+
+        self._checkpoint: Path | None = None
+        head_directory: Path | None = None
+        if not isinstance(model, Llama):
+            # FP8 is made when a model is converted, all else when it is loaded.
+            self._checkpoint = locate(model, cache, kind="llama", dtype="fp8" if dtype == "fp8" else "auto")
+        if draft is not None and not isinstance(draft, EagleHead):
+            head_directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
+            check_vocabulary(head_directory, self._checkpoint)
         dispatcher: Dispatcher | None = None
         if isinstance(tree, str) and tree == "dispatch":
             tree = Dispatch()
         if isinstance(tree, Dispatch):
-            dispatcher = Dispatcher(tree, directory=cache / "costs")
-            tree = max(tree.plans, key=lambda plan: plan.num_nodes)
+            table = None if head_directory is None else TreeTable.of_head(head_directory)
+            dispatcher = Dispatcher(tree, table=table, directory=cache / "costs")
+            tree = max(dispatcher.plans, key=lambda plan: plan.num_nodes)
         plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)
-        _keep_compiled_programs(cache / "xla")
 
-        self._checkpoint: Path | None = None
-        if not isinstance(model, Llama):
-            # FP8 is made when a model is converted, all else when it is loaded.
-            self._checkpoint = locate(model, cache, kind="llama", dtype="fp8" if dtype == "fp8" else "auto")
-            target = load_llama(self._checkpoint, dtype=dtype, layout=layout)
-        else:
+        if isinstance(model, Llama):
             target = model if layout is None else place(model, layout)
+        else:
+            assert self._checkpoint is not None
+            target = load_llama(self._checkpoint, dtype=dtype, layout=layout)
         target.check_chunk(prefill_chunk)
         head = draft if isinstance(draft, EagleHead) else None
-        if draft is not None and not isinstance(draft, EagleHead):
-            directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
-            check_vocabulary(directory, self._checkpoint)
+        if head_directory is not None:
             # In the dtype the target computes in, whatever else it is stored in: the two share embeddings and features.
-            stored = read_source(directory)["dtype"]
+            stored = read_source(head_directory)["dtype"]
             computes = target.compute_dtype.name
-            head = load_eagle(directory, dtype=stored if stored == "fp8" else computes, layout=layout)
+            head = load_eagle(head_directory, dtype=stored if stored == "fp8" else computes, layout=layout)
         elif head is not None and layout is not None:
             head = place(head, layout)
         self.config = target.config

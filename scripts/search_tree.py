@@ -10,8 +10,11 @@ arXiv:2402.12374; jeagle/tree_search.py). (3) A round of each is timed at each b
 decoding beside them, and tokens per second are expected tokens over seconds.
 
 **Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1. **Speed-up**
-is over plain decoding at the same batch size. Both speak of the decode rounds alone. The result is a cost table, too:
-``Dispatch(candidates=[...], costs="trees.json")`` takes it.
+is over plain decoding at the same batch size. Both speak of the decode rounds alone. **best** is the fastest tree that
+drafts, be it faster than plain decoding or not.
+
+Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree="dispatch")`` begins with
+(jeagle/tree_table.py); it is a cost table, too, for ``Dispatch(candidates=[...], costs="trees.json")``.
 """
 
 from __future__ import annotations
@@ -106,9 +109,10 @@ def main() -> None:
     best = {}
     for setting in settings:
         seconds = costs.seconds(setting)
-        print_rows(console, setting.batch, rows_of(rate_DC, seconds))
-        best[setting.batch] = tree_name(fastest(rate_DC, seconds))
-    print(", ".join(f"batch {batch}: {name}" for batch, name in best.items()))
+        rows = rows_of(rate_DC, seconds)
+        print_rows(console, setting.batch, rows)
+        best[setting.batch] = tree_name(fastest(rate_DC, {plan: s for plan, s in seconds.items() if plan != OFF}))
+        console.print(f"of those that draft: {best[setting.batch]}; of all: {rows[0]['tree']}")
     if args.out:
         result = dict(
             **here,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_exactness import markov_head, markov_target
 
-from jeagle import LLM, SamplingParams, dispatch
+from jeagle import LLM, SamplingParams, dispatch, heads
 from jeagle.acceptance import Acceptance, expected_tokens
 from jeagle.costs import CostTable, Setting, load_costs, modelled_costs, monotone, save_costs
 from jeagle.devices import DEVICES
@@ -19,6 +19,7 @@ from jeagle.floor import Job
 from jeagle.footprint import Split
 from jeagle.sizes import head_for, size
 from jeagle.tree import OFF, StaticTree, parse_tree
+from jeagle.tree_table import TreeTable
 
 CHAIN_1, CHAIN_3 = StaticTree.chain(1), StaticTree.chain(3)
 
@@ -223,6 +224,39 @@ def test_options_that_cannot_be(options: dict, said: str) -> None:
 def test_a_table_without_a_candidate() -> None:
     with pytest.raises(ValueError, match="lacks bush-8"):
         Dispatcher(Dispatch(candidates=["bush-8"], costs=TABLE))
+
+
+def test_a_head_brings_its_trees_and_rates(tmp_path) -> None:
+    """Candidates and first beliefs are the table's; what is counted has the last word, and options the first."""
+    found = dict(rate=[[0.9, 0.05], [0.8, 0.1]], best={"1": "chain-3", "8": "chain-1"})
+    (tmp_path / "trees.json").write_text(json.dumps(found))
+    table = TreeTable.of_head(tmp_path)
+    assert table is not None and table.best == {1: CHAIN_3, 8: CHAIN_1}
+    d = Dispatcher(Dispatch(), table=table)
+    assert d.plans == (OFF, CHAIN_3, CHAIN_1)
+    rate_DC = d.acceptance[True].rate_DC
+    np.testing.assert_allclose(rate_DC[:, 0], [0.9, 0.8, 0.8])  # what is deeper is as likely as the level above
+    d.acceptance[True].add(CHAIN_1, np.array([1000, 1000]), np.array([1000, 100]))
+    assert d.acceptance[True].rate_DC[0, 0] < 0.12
+    assert Dispatcher(Dispatch(candidates=["bush-8"]), table=table).plans == (OFF, parse_tree("bush-8"))
+    assert TreeTable.of_head(tmp_path / "elsewhere") is None
+
+
+def test_the_shipped_head_has_a_table() -> None:
+    (name,) = heads.names()
+    directory = heads.find(name)
+    assert directory is not None
+    table = TreeTable.of_head(directory)
+    assert table is not None and OFF not in table.best.values()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"rate": [[2]], "best": {"1": "chain-1"}}', '{"rate": [[0.5]], "best": {"1": "dynamic"}}']
+)
+def test_a_damaged_table_of_trees(tmp_path, content) -> None:
+    (tmp_path / "trees.json").write_text(content)
+    with pytest.raises(ValueError, match=r"trees.json is no table of trees .*; remove it"):
+        TreeTable.of_head(tmp_path)
 
 
 # The LLM.

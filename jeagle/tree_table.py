@@ -1,0 +1,44 @@
+"""What ``scripts/search_tree.py`` found of a head, kept beside it as ``trees.json``: how often its guesses are taken,
+and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
+
+    {"command": .., "device": .., "rate": [[0.42, 0.11], [0.45, 0.1]], "best": {"1": "bush-8", "8": "chain-1"}, ..}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jeagle.tree import StaticTree, parse_tree
+
+__all__ = ["TreeTable"]
+
+NAME = "trees.json"
+
+
+@dataclass(frozen=True)
+class TreeTable:
+    rate_DC: np.ndarray  # how often the child of rank c at depth d + 1 is taken once its parent is
+    best: dict[int, StaticTree]  # the fastest tree that drafts, by batch size
+
+    @classmethod
+    def of_head(cls, directory: Path) -> TreeTable | None:
+        """The head's, or None where it comes without. Raises ValueError with one sentence for a damaged file."""
+        path = directory / NAME
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rate_DC = np.array(found["rate"], float)
+            parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
+            best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
+            if rate_DC.ndim != 2 or not ((rate_DC >= 0) & (rate_DC <= 1)).all():
+                raise ValueError("rates must be rows of numbers in 0..1")
+            if not best or len(best) < len(parsed):
+                raise ValueError("best must name a static tree for a batch size at least")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no table of trees ({type(error).__name__}: {error}); remove it") from None
+        return cls(rate_DC, best)
