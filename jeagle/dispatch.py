@@ -106,10 +106,10 @@ class Dispatcher:
     """Costs, statistics and the trees in use, over all batches of an ``LLM``. Safe to share between threads.
 
     While a tree is in use nothing is learnt about nodes that it does not have; while none is, about none at all. So
-    every round in use earns ``probe_share`` of its seconds, and when they pay for PROBE_ROUNDS rounds of another tree,
-    one is run for so long: those that have nodes the one in use lacks take turns, unless they would lose even if all
-    they draft were taken. Were its rounds to yield nothing, that would be the share of time lost; as each yields a
-    token at least, less is. As long as nothing is known of the head, probes are free.
+    every round in use earns ``probe_share`` of its seconds, and when they pay for what PROBE_ROUNDS rounds of another
+    tree may lose, one is run for so long: those that have nodes the one in use lacks take turns, unless they would lose
+    even if all they draft were taken. What they may lose is their time over that of one token a round, the least they
+    yield. As long as nothing is known of the head, probes are free.
 
     What a probe in mid-text costs in acceptance, as a head that comes back remembers nothing, is counted against the
     tree: short texts, whose probes begin with them, are judged more truly than long ones.
@@ -232,7 +232,7 @@ class Dispatcher:
         if seat.plan == OFF and self.acceptance[setting.sampled].tried_DC[0, 0] < self._tries_to_know:
             return max(others, key=lambda p: p.max_depth)
         plan = others[self._turn % len(others)]
-        price = PROBE_ROUNDS * seconds[plan]
+        price = PROBE_ROUNDS * max(0.0, seconds[plan] - 1 / enough)  # counting on one token a round
         if self._credit < price:
             return None
         self._credit -= price

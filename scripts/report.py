@@ -41,6 +41,18 @@ def steps(result: Result) -> Iterator[tuple[str, str]]:
         yield f"outside the device loop, generating {host['tokens']} tokens", share
 
 
+def products(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_products.py."""
+    for what, ways in (("all layers", result["layers_ms"]), ("the tied LM head", result["tied_head_ms"])):
+        shown = [n for n in ("2", "4", "8", "16", "32") if n in ways["ynnpack"]]
+        one = ways["ynnpack"]["1"]
+        found = [
+            f"{name} {' / '.join(f'{ms[n] / one:.2f}' for n in shown)}"
+            for name, ms in (("as XLA:CPU has it", ways["ynnpack"]), ("through Eigen", ways["eigen"]))
+        ]
+        yield f"products of {what} with {' / '.join(shown)} rows, relative to one row", "; ".join(found)
+
+
 def acceptance(result: Result) -> Iterator[tuple[str, str]]:
     """Of eval_acceptance.py; with --speed what it makes of the time."""
     for run in result["runs"]:
@@ -120,6 +132,7 @@ def chances(profile: list[float]) -> float:
 
 ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
     "bench_decode": steps,
+    "bench_products": products,
     "eval_acceptance": acceptance,
     "bench_generate": generation,
     "bench_peers": peers,
