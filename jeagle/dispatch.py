@@ -53,7 +53,8 @@ class Dispatch:
         use, to be measured.
       costs: a table or its file, of which the nearest batch counts; None measures each batch size when it first comes
         up, and keeps the seconds in the cache directory.
-      gain: what a switch must promise, as a share of tokens per second.
+      gain: what a tree must promise over plain decoding, and over the tree it takes over from, as a share of tokens per
+        second. Going back to plain decoding asks for none: it is what drafting is judged by.
       probe_share: of the time, to look at trees that are not in use.
       half_life: see ``Acceptance``.
 
@@ -199,15 +200,17 @@ class Dispatcher:
 
     def _seat(self, setting: Setting) -> Seat:
         """The seat, given to the best tree if that is worth a switch."""
-        value = self.values(setting)
+        value, gain = self.values(setting), 1 + self._options.gain
         best = max(value, key=lambda plan: value[plan])
+        if value[best] < gain * value[OFF]:
+            best = OFF
         seat = self._seats.get(setting)
         if seat is None:
             reason = "at first"
         elif (
             best != seat.plan
             and seat.rounds >= PROBE_ROUNDS
-            and value[best] >= (1 + self._options.gain) * value[seat.plan]
+            and value[best] >= (1 if best == OFF else gain) * value[seat.plan]
         ):
             reason = f"instead of {tree_name(seat.plan)}, after {seat.rounds} rounds"
         else:

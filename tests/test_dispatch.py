@@ -171,6 +171,17 @@ def test_a_switch_takes_a_gain_and_some_rounds(caplog) -> None:
     values = d.values(ONE)
     assert values[OFF] < values[CHAIN_1] < 1.05 * values[OFF]
     assert d.choose(ONE).plan == OFF
+    # So does the first choice; and a tree in use may fall as low as plain decoding, not below it.
+    d = dispatcher(probe_share=0.0)
+    teach(d, ONE, 0.133, 100_000)
+    assert d.choose(ONE).plan == OFF
+    d = dispatcher(probe_share=0.0)
+    teach(d, ONE, 0.3, 100_000)
+    assert (drafting := served(d, ONE, 64, 0.3)) != OFF
+    teach(d, ONE, 0.133, 100_000)
+    assert d.values(ONE)[OFF] < d.values(ONE)[drafting] and d.choose(ONE).plan == drafting
+    teach(d, ONE, 0.08, 100_000)
+    assert 0.95 < d.values(ONE)[drafting] / d.values(ONE)[OFF] < 1 and d.choose(ONE).plan == OFF
 
 
 def test_probes_are_bounded_and_take_turns() -> None:

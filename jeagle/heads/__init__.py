@@ -1,5 +1,5 @@
-"""Heads that come with the package: ``LLM(target, draft="smollm2-135m-eagle3")``. Each directory holds a checkpoint
-and a README.md that says what it was trained on and what it does."""
+"""Heads that come with the package: ``LLM(target, draft="smollm2-135m-eagle3")``. Each directory holds a checkpoint,
+a README.md that says what it was trained on and what it does, and a table of its trees (``tree_table.py``)."""
 
 from __future__ import annotations
 
