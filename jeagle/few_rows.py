@@ -2,13 +2,13 @@
 
 One row is a matrix-vector product, which streams the weights. For more, XLA:CPU (0.11) takes YNNPACK, which repacks the
 whole matrix on every call, and walks weights [inputs, outputs] across their rows to do so. Eigen repacks in blocks that
-stay in a core's cache, and costs nearly the same from 3 rows to 16. SmolLM2's products of all layers on two AVX2 cores,
-in multiples of one row's time (scripts/bench_products.py):
+stay in a core's cache, and costs nearly the same from 3 rows to 12. SmolLM2's products of all layers on two AVX2 cores,
+in multiples of one row's time (scripts/results/bench_products_cpu_smollm2.json):
 
     rows             2     3     4     6     8    12    16    32    64
-    as XLA does   1.46  2.06  2.24  2.18  2.58  2.64  3.34  4.38  5.56
-    rows apart    1.35  1.76  2.04  2.24  2.57
-    Eigen         1.68  1.78  1.79  1.68  1.47  1.61  1.87  3.61  5.59
+    as XLA does   1.72  2.64  2.77  2.56  3.12  3.57  3.97  5.88  7.34
+    rows apart    1.70  1.93  2.41  2.66  3.88
+    Eigen         2.14  2.12  2.09  2.18  2.05  2.22  2.66  4.43  6.87
 
 XLA's only switch between the two is for a whole program, whose attention YNNPACK serves better; but a convolution of
 width one becomes a plain product *after* YNNPACK has picked its own, and so goes to Eigen.
