@@ -100,10 +100,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     layers = [[random(shape) for shape in shapes] for _ in range(args.layers or config.num_layers)]
     of_layers = timed(LAYERS, all_layers, D, layers, args.repeats)
     of_head = timed(HEAD, lambda multiply, x, w: multiply(x, w), D, random((V, D)), args.repeats)
-    return dict(
-        result, model=args.shape, dtype="float32", layers=len(layers), repeats=args.repeats,
-        layers_ms=of_layers, tied_head_ms=of_head,
-    )  # fmt: skip
+    about = dict(model=args.shape, dtype="float32", layers=len(layers), repeats=args.repeats)
+    return result | about | dict(layers_ms=of_layers, tied_head_ms=of_head)
 
 
 def show(result: dict[str, Any]) -> None:
