@@ -123,6 +123,12 @@ class LLM:
         many = data_parallel_size * tensor_parallel_size > 1
         layout = Layout(make_mesh(data_parallel_size, tensor_parallel_size), rules) if many else None
         cache = cache_directory(cache_dir)
+        if isinstance(tree, str) and tree == "dispatch":
+            tree = Dispatch()
+        dispatch = tree if isinstance(tree, Dispatch) else None
+        if isinstance(tree, Dispatch) or (isinstance(tree, str) and tree == "auto"):
+            tree = _auto_tree()
+        plan = parse_tree(tree)
         _keep_compiled_programs(cache / "xla")
 
         self._checkpoint: Path | None = None
@@ -134,13 +140,10 @@ class LLM:
             head_directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(head_directory, self._checkpoint)
         dispatcher: Dispatcher | None = None
-        if isinstance(tree, str) and tree == "dispatch":
-            tree = Dispatch()
-        if isinstance(tree, Dispatch):
+        if dispatch is not None:
             table = None if head_directory is None else TreeTable.of_head(head_directory)
-            dispatcher = Dispatcher(tree, table=table, directory=cache / "costs")
-            tree = max(dispatcher.plans, key=lambda plan: plan.num_nodes)
-        plan = parse_tree(_auto_tree() if isinstance(tree, str) and tree == "auto" else tree)
+            dispatcher = Dispatcher(dispatch, table=table, directory=cache / "costs")
+            plan = max(dispatcher.plans, key=lambda plan: plan.num_nodes)
 
         if isinstance(model, Llama):
             target = model if layout is None else place(model, layout)
@@ -356,7 +359,7 @@ def _fits(target: Llama, chunk: int) -> bool:
 
 
 def _auto_tree() -> str:
-    """On a CPU no tree was faster than a chain of 1 at any batch size, with the head that comes with the package: its
+    """On a CPU no tree was faster than a chain of 1 at batch 1, 8 or 32, with the head that comes with the package: its
     trees.json."""
     return "chain-1" if jax.default_backend() == "cpu" else "chain-3"
 

@@ -331,7 +331,7 @@ def test_refused_parameters_and_conversations(reciter):
     [
         (dict(dtype="fp16"), "dtype must be one of auto, float32, bfloat16, fp8, got 'fp16'"),
         (dict(kv_cache_dtype="int8"), "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, got 'int8'"),
-        (dict(tree="oak"), "tree 'oak' is unknown"),
+        (dict(tree="oak", model="nowhere/at/all"), "tree 'oak' is unknown"),  # before a model is fetched or converted
         (dict(tree=[[0, 0]]), "has no parent: add the path"),
         (dict(tree="dynamic-0-1-2"), "a dynamic tree needs depth >= 1"),
         (dict(max_model_len=MAX_LEN + 1), "max_model_len must lie in 1..256"),
