@@ -51,10 +51,10 @@ HEAD: Ways = {
 
 
 def all_layers(multiply, x: jax.Array, layers: list[list[jax.Array]]) -> jax.Array:
-    """Every matrix once, each reading the result of the one before."""
+    """Every matrix once, each reading what it can take of the result before it: no matrix of a layer takes more."""
     for matrices in layers:
         for weights in matrices:
-            x = multiply(jnp.resize(x[:, : len(weights)], (len(x), len(weights))), weights)
+            x = multiply(x[:, : len(weights)], weights)
     return x
 
 
