@@ -148,7 +148,8 @@ def title(result: Result) -> str:
     batch = f", batch {result['batch']}" if "batch" in result else ""
     head = result.get("head") or result.get("draft")
     names = Path(result["model"]).name + (f" with {Path(head).name}" if head else "")
-    return f"{names}, {result['dtype']}{batch}{prefix}{tokens}, {result['device']}, JAX {result['jax']}"
+    dtype = "dtype as stored" if result["dtype"] == "auto" else result["dtype"]
+    return f"{names}, {dtype}{batch}{prefix}{tokens}, {result['device']}, JAX {result['jax']}"
 
 
 def section(results: dict[str, Result]) -> str:
