@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +28,15 @@ NewKV = tuple[jax.Array, jax.Array]  # one layer's (k_BTKH, v_BTKH) of T new pos
 Scales = tuple[jax.Array, jax.Array]  # one layer's, of keys and of values: float32 [K, num_pages, page_size]
 
 
-class LayerPages(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerPages:
     """What attention reads of one layer."""
 
     keys: jax.Array  # [K, num_pages, page_size, H]
     values: jax.Array
     scales: Scales | None  # of FP8 pages
-    kv_axis: str  # logical axis of K
+    kv_axis: str = field(metadata=dict(static=True))  # logical axis of K
 
 
 @jax.tree_util.register_dataclass

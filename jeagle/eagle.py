@@ -145,8 +145,8 @@ class EagleHead(FullRope, nnx.Module):
         *,
         target: Llama,
     ) -> HeadForward:
-        """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
-        training."""
+        """The forward over whatever ``attend(layer, q, k, v)`` lets a layer see: a cache in decoding, packed documents
+        in training."""
         config = self.config
         table, axis = target.table, "vocab"
         if self.embed is not None:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q_BTKGH, k_BTKH, v_BTKH) -> out_BTKGH
-LayerAttend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # the same for a layer of a model
+LayerAttend = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]  # told first what is one layer's alone
 Rope = tuple[jax.Array, jax.Array]  # cos_BTR, sin_BTR with R = H/2, float32
 
 

@@ -6,6 +6,7 @@ without a mask and each other through ``suffix_mask``. It returns the new keys a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from flax import nnx
 
 from jeagle import vocabulary
 from jeagle.attention import attend
-from jeagle.cache import KVCache, NewKV, Prefix
+from jeagle.cache import KVCache, LayerPages, NewKV, Prefix
 from jeagle.config import LlamaConfig
 from jeagle.layers import Block, LayerAttend, RMSNorm, lm_head, rope_angles
 from jeagle.weights import Matrix, make_matrix
@@ -111,18 +112,33 @@ class Llama(FullRope, nnx.Module):
           attention: implementation name, see ``jeagle.attention``.
         """
         views = self.views(View(suffix_mask, prefix), position_BT, position_BT)
+        seen = [(view, cache.layer(i)) for i, view in enumerate(views)]
 
-        def attend_cached(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            mask, seen = views[layer]
-            return attend(q, k, v, mask, cache.layer(layer), seen, implementation=attention)
+        def attend_cached(seen: tuple[View, LayerPages], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            view, pages = seen
+            return attend(q, k, v, view.suffix_mask, pages, view.prefix, implementation=attention)
 
-        return self.run(token_BT, position_BT, attend_cached, taps=taps)
+        return self.run(token_BT, position_BT, attend_cached, seen, taps=taps)
 
     def run(
-        self, token_BT: jax.Array, position_BT: jax.Array, attend: LayerAttend, *, taps: tuple[int, ...] = ()
+        self,
+        token_BT: jax.Array,
+        position_BT: jax.Array,
+        attend: LayerAttend,
+        seen: Sequence[Any] | None = None,
+        *,
+        taps: tuple[int, ...] = (),
     ) -> Forward:
-        """The forward over whatever ``attend`` lets each layer see: a cache in decoding, packed documents in
-        training."""
+        """The forward over whatever ``attend(seen[layer], q, k, v)`` lets a layer see: a cache in decoding, packed
+        documents in training. ``seen``: a pytree per layer, or None."""
+        if seen is None:
+            seen = [None] * len(self.blocks)
+
+        # Blocks that are alike are traced and lowered once for all of them; XLA makes one body of it again.
+        @partial(jax.jit, static_argnums=0)
+        def run_block(definition: nnx.GraphDef, weights: nnx.State, x_BTD: jax.Array, place: Any, seen: Any):
+            return nnx.merge(definition, weights)(x_BTD, place, partial(attend, seen))
+
         x_BTD = vocabulary.embed(self.table, token_BT, "vocab", self.compute_dtype)
         places = self.places(position_BT)
         tapped: dict[int, jax.Array] = {}
@@ -130,7 +146,7 @@ class Llama(FullRope, nnx.Module):
         for i, block in enumerate(self.blocks):
             if i in taps:
                 tapped[i] = x_BTD
-            x_BTD, kv = block(x_BTD, places[i], partial(attend, i))
+            x_BTD, kv = run_block(*nnx.split(block), x_BTD, places[i], seen[i])
             new_kv.append(kv)
         tapped[len(self.blocks)] = x_BTD
         hidden_BTD = self.norm(x_BTD)

@@ -110,7 +110,7 @@ def packed_attention(rows: Rows) -> LayerAttend:
     """Causal attention inside each document of packed rows, by JAX's own (cuDNN's where that serves)."""
     mask_B1TT = _document_mask(rows)[:, None]
 
-    def attend(layer: int, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    def attend(seen: None, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         B, T, K, G, H = q_BTKGH.shape
         out = jax.nn.dot_product_attention(q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=mask_B1TT)
         return out.reshape(q_BTKGH.shape)
