@@ -69,7 +69,7 @@ class Course:
     def start(self, batch: Batch) -> DecodeState:
         """Prefill. The first launch's tree is chosen here: what begins plainly need not fill the head's cache."""
         self._choose()
-        shapes = dict(capacity=self._bucket.capacity, chunk=self._bucket.chunk)
+        shapes = dict(capacity=self._bucket.capacity, chunk=self._bucket.chunk, rows=self._bucket.rows)
         self._state = self._decoder.start(batch, self._program, **shapes)
         return self._state
 

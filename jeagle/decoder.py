@@ -103,12 +103,15 @@ class Decoder:
         """Every bucket compiled so far, in order."""
         return list(self._compiled.values())
 
-    def start(self, batch: Batch, program: Program, *, capacity: int, chunk: int) -> DecodeState:
+    def start(
+        self, batch: Batch, program: Program, *, capacity: int, chunk: int, rows: int | None = None
+    ) -> DecodeState:
         """Prefill a batch into fresh caches of ``capacity`` positions per row, in chunks of ``chunk``.
 
-        Rows run side by side, each to its own length. Returns the state before the first round.
+        ``rows`` at a time run side by side, as far as the longest of them; None is all. Returns the state before the
+        first round.
         """
-        caches = self._fill(batch, program, capacity, chunk)
+        caches = self._fill(batch, program, capacity, chunk, rows or len(batch.max_tokens_B))
         return self.first_state(caches, batch, program, capacity)
 
     def first_state(self, caches: Caches, batch: Batch, program: Program, capacity: int) -> DecodeState:
@@ -230,22 +233,25 @@ class Decoder:
         shardings = jax.tree.map(self.layout.sharding, axes, is_leaf=sharding.is_axes)
         return jax.jit(create, out_shardings=shardings)(*args)
 
-    def _fill(self, batch: Batch, program: Program, capacity: int, chunk: int) -> Caches:
+    def _fill(self, batch: Batch, program: Program, capacity: int, chunk: int, rows: int) -> Caches:
         prompt_B = batch.num_prompt_B
         caches = self.empty_caches(len(prompt_B), program, capacity)
-        num_chunks = -(-(int(prompt_B.max()) - 1) // chunk)
-        token_BT = np.zeros((len(prompt_B), num_chunks * chunk + 1), np.int32)
-        for row, prompt in zip(token_BT, batch.prompts):
-            row[: len(prompt)] = prompt
-        for offset in range(0, num_chunks * chunk, chunk):
-            args = (
-                caches,
-                self.put(token_BT[:, offset : offset + chunk + 1]),
-                self.put(np.int32(offset)),
-                self.put(prompt_B),
-            )
-            compiled = self._program("prefill", self._prefill, args, attention=program.attention)
-            caches = compiled(self.params, *args)
+        for first in range(0, len(prompt_B), rows):
+            prompts, length_B = batch.prompts[first : first + rows], prompt_B[first : first + rows]
+            num_chunks = -(-(int(length_B.max()) - 1) // chunk)
+            token_BT = np.zeros((len(length_B), num_chunks * chunk + 1), np.int32)
+            for row, prompt in zip(token_BT, prompts):
+                row[: len(prompt)] = prompt
+            for offset in range(0, num_chunks * chunk, chunk):
+                args = (
+                    caches,
+                    self.put(token_BT[:, offset : offset + chunk + 1]),
+                    self.put(np.int32(first)),
+                    self.put(np.int32(offset)),
+                    self.put(length_B),
+                )
+                compiled = self._program("prefill", self._prefill, args, attention=program.attention)
+                caches = compiled(self.params, *args)
         return caches
 
     def launch(self, state: DecodeState, program: Program, most_rounds: int) -> DecodeState:

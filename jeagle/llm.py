@@ -30,7 +30,7 @@ from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
 from jeagle.placement import place
-from jeagle.requests import Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
+from jeagle.requests import FULL_FORWARD, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
 from jeagle.results import Finished, collect, request_output, stop_at_strings
 from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
@@ -313,9 +313,9 @@ class LLM:
     def _course(self, rows: list[Row], speculative: bool) -> tuple[Course, Batch]:
         """What serves a batch, and the batch."""
         decoder = self._decoder
-        shapes = bucket(
-            rows, page_size=decoder.page_size, chunks=self._chunks, limit=self.max_model_len, shards=decoder.row_shards
-        )
+        full = FULL_FORWARD.get(jax.default_backend(), FULL_FORWARD["gpu"])
+        sizes = dict(page_size=decoder.page_size, limit=self.max_model_len, full=full, shards=decoder.row_shards)
+        shapes = bucket(rows, chunks=self._chunks, **sizes)
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
         program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
         if program.drafts:

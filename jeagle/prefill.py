@@ -34,21 +34,28 @@ def prefill_chunk(
     head: EagleHead | None,
     caches: Caches,
     token_BT1: jax.Array,
+    first: jax.Array,
     offset: jax.Array,
     prompt_B: jax.Array,
     *,
     attention: str,
 ) -> Caches:
-    """Positions [offset, offset + T) of every prompt; rows whose prompt has ended keep nothing.
+    """Positions [offset, offset + T) of B prompts; those that have ended keep nothing.
 
-    token_BT1: T + 1 ids from ``offset`` on, as the head reads the token after each position. prompt_B: prompt lengths.
+    caches: of B rows or more; first: which of them is the first prompt's, int32. token_BT1: T + 1 ids from ``offset``
+    on, as the head reads the token after each position. prompt_B: prompt lengths.
     """
     B, T = token_BT1.shape[0], token_BT1.shape[1] - 1
+    some = len(caches.page_table_BM) > B
+
+    def own(rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(rows, first, B) if some else rows
+
     for model in (target, head):
         if model is not None:
             model.check_chunk(T)
     wanted_B = prompt_B - 1  # the prompt's last token stays out: it is the root of the first round
-    prefix = Prefix.full(caches.page_table_BM, jnp.minimum(wanted_B, offset))
+    prefix = Prefix.full(own(caches.page_table_BM), jnp.minimum(wanted_B, offset))
     position_BT = jnp.broadcast_to(offset + jnp.arange(T, dtype=jnp.int32), (B, T))
     causal = jnp.tril(jnp.ones((1, T, T), bool))
     forward = target(
@@ -72,6 +79,7 @@ def prefill_chunk(
         here_B = (last_B >= 0) & (last_B < T)
         index_B11 = jnp.clip(last_B, 0, T - 1)[:, None, None]
         last_BX = jnp.take_along_axis(forward.feature_BTX, index_B11, axis=1)[:, 0]
-        feature_BX = jnp.where(here_B[:, None], last_BX, feature_BX)
+        own_BX = jnp.where(here_B[:, None], last_BX, own(feature_BX))
+        feature_BX = jax.lax.dynamic_update_slice_in_dim(feature_BX, own_BX, first, 0) if some else own_BX
     cache = commit(caches.target, after(forward.new_kv, forward.hidden_BTD), prefix, jnp.clip(wanted_B - offset, 0, T))
     return Caches(cache, head_cache, feature_BX, caches.page_table_BM)

@@ -12,9 +12,9 @@ from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
 __all__ = ["Bucket", "Row", "bucket", "check_prompt", "chunk_sizes", "make_batch", "make_rows", "pack"]
 
 SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
-# Positions whose arithmetic takes about as long as reading the weights (an H100 in bfloat16: 295; a CPU: fewer). A
-# forward over fewer costs no less.
-FULL_FORWARD = 256
+# Positions whose arithmetic takes about as long as reading the weights, which a forward does besides. An H100 in
+# bfloat16: 295 by its data sheet. Two AVX2 cores in float32: 28, of SmolLM2's 114 to 994 ms for 32 to 512 positions.
+FULL_FORWARD = dict(cpu=32, gpu=256)
 SMALLEST_CAPACITY = 256
 
 
@@ -41,7 +41,8 @@ class Bucket:
 
     batch: int
     capacity: int
-    chunk: int
+    chunk: int  # prompt positions of one prefill forward
+    rows: int  # and how many of the batch's rows run through theirs side by side
 
 
 def check_prompt(prompt: object, params: SamplingParams, *, index: int, vocab_size: int, limit: int) -> list[int]:
@@ -91,18 +92,28 @@ def chunk_sizes(longest: int) -> list[int]:
     return sizes
 
 
-def bucket(rows: list[Row], *, page_size: int, chunks: list[int], limit: int, shards: int = 1) -> Bucket:
+def bucket(rows: list[Row], *, page_size: int, chunks: list[int], limit: int, full: int, shards: int = 1) -> Bucket:
     """Powers of two, the batch times ``shards``; the capacity stops at the model's limit, rounded up to whole pages.
 
-    Of the prefill chunks the one that takes the rows through their prompts soonest: every row runs as far as the
-    longest, in whole chunks, so short ones pad less, and long ones read the weights less often.
+    Rows go through their prompts in groups, each as far as its longest and in whole chunks, so that ``rows`` of like
+    length pad little. A group is as large as makes reading the weights (``full`` positions' worth of time) a quarter of
+    the arithmetic, and of the chunks the one is taken that ends soonest. Over a mesh all rows are one group, as each
+    device has its own.
     """
     capacity = max(_power_of_two(max(row.num_positions for row in rows)), SMALLEST_CAPACITY)
     capacity = -(-min(capacity, max(limit, 1)) // page_size) * page_size
-    longest = max(len(row.prompt) for row in rows) - 1
     batch = shards * _power_of_two(-(-len(rows) // shards))
-    chunk = min(chunks, key=lambda c: (-(-longest // c) * max(batch // shards * c, FULL_FORWARD), c))
-    return Bucket(batch, capacity, chunk)
+
+    def group(chunk: int) -> int:
+        return batch if shards > 1 else min(batch, _power_of_two(-(-4 * full // chunk)))
+
+    def cost(chunk: int) -> int:
+        size = group(chunk)
+        longest = [max(len(row.prompt) for row in rows[i : i + size]) - 1 for i in range(0, len(rows), size)]
+        return sum(-(-n // chunk) for n in longest) * (size // shards * chunk + full)
+
+    chunk = min(chunks, key=lambda c: (cost(c), c))
+    return Bucket(batch, capacity, chunk, group(chunk))
 
 
 def make_batch(rows: list[Row], size: int) -> tuple[Batch, Filters, int | None]:

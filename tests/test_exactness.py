@@ -209,6 +209,18 @@ def test_rounds_one_at_a_time(bench: Bench, batch: Batch) -> None:
     same_tokens(bench.run(None, batch, OFF), state)
 
 
+@settings(max_examples=6)
+@given(batches(), st.sampled_from([1, 4]))
+def test_prompts_a_few_rows_at_a_time(bench: Bench, batch: Batch, rows: int) -> None:
+    """The caches of both models are filled as if all prompts ran side by side: the head drafts the same, too."""
+    program = Program(plan=BUSH, filters=EVERY_FILTER)
+    decoder = bench.decoders["eagle1"]
+    state = decoder.start(batch, program, capacity=CAPACITY, chunk=CHUNK, rows=rows)
+    state, together = decoder.launch(state, program, 1000), bench.run("eagle1", batch, BUSH)
+    same_tokens(together, state)
+    np.testing.assert_array_equal(together.acceptance_BP, state.acceptance_BP)
+
+
 def test_fp8_caches() -> None:
     """A key in the suffix is the key that will be in the cache: else a fifth of these batches part from plain text.
 

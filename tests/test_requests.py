@@ -106,7 +106,7 @@ def test_pack_loses_nobody_and_sorts_by_length(lengths, most):
 def test_buckets_hold_their_rows_and_no_more_than_the_limit(lengths, max_tokens, page_size, spare):
     rows = rows_of(*lengths, max_tokens=max_tokens)
     limit = max(lengths) + max_tokens + spare  # what check_prompt lets through
-    got = bucket(rows, page_size=page_size, chunks=chunk_sizes(256), limit=limit)
+    got = bucket(rows, page_size=page_size, chunks=chunk_sizes(256), limit=limit, full=256)
     needed = max(row.num_positions for row in rows)
     assert got.batch >= len(rows) and is_power_of_two(got.batch) and got.batch < 2 * len(rows) + 1
     assert got.capacity >= needed and got.capacity >= max_tokens and got.capacity % page_size == 0
@@ -118,7 +118,7 @@ def test_buckets_hold_their_rows_and_no_more_than_the_limit(lengths, max_tokens,
 def test_buckets_are_few():
     """Every mix of up to 8 prompts of up to 1,000 tokens falls into 4 batch sizes, 3 capacities and 3 chunks."""
     seen = {
-        bucket(rows_of(*[1] * (n - 1), length), page_size=64, chunks=chunk_sizes(256), limit=2048)
+        bucket(rows_of(*[1] * (n - 1), length), page_size=64, chunks=chunk_sizes(256), limit=2048, full=256)
         for n in range(1, 9)
         for length in (1, 2, 64, 65, 66, 100, 250, 400, 505, 506, 700, 1000)
     }
@@ -129,7 +129,7 @@ def test_buckets_are_few():
 
 def test_bucket_examples():
     def got(length: int, longest_chunk: int, limit: int):
-        return bucket(rows_of(length), page_size=64, chunks=chunk_sizes(longest_chunk), limit=limit)
+        return bucket(rows_of(length), page_size=64, chunks=chunk_sizes(longest_chunk), limit=limit, full=256)
 
     assert got(249, 256, 4096).capacity == 256  # 249 + 8 - 1 positions
     assert got(250, 256, 4096).capacity == 512
@@ -142,13 +142,25 @@ def test_chunks_pad_little_and_read_the_weights_seldom():
 
     def chunk(rows: int, longest: int) -> int:
         prompts = rows_of(*[5] * (rows - 1), longest)
-        return bucket(prompts, page_size=64, chunks=chunk_sizes(256), limit=2048).chunk
+        return bucket(prompts, page_size=64, chunks=chunk_sizes(256), limit=2048, full=256).chunk
 
     # The last token of a prompt is not prefilled, so one more than the chunk still fits.
     assert [chunk(1, n) for n in (1, 65, 66, 129, 130, 287)] == [64, 64, 128, 128, 256, 256]
-    # Several rows make a full forward of shorter chunks, which pad less.
-    assert [chunk(2, n) for n in (65, 107, 130, 1025)] == [64, 128, 128, 128]
-    assert [chunk(4, n) for n in (65, 107, 130, 1025)] == [64, 64, 64, 64]
+    # Rows beside a longer one run as far as it, but seldom: what they read the weights for weighs as much.
+    assert [chunk(4, n) for n in (65, 107, 130, 1025)] == [64, 128, 256, 256]
+
+
+def test_rows_go_through_prompts_in_groups():
+    def got(*lengths: int, **kwargs) -> tuple[int, int]:
+        found = bucket(rows_of(*lengths), page_size=64, chunks=chunk_sizes(256), limit=2048, **kwargs)
+        return found.chunk, found.rows
+
+    assert got(*[60] * 64, full=256) == (64, 16)  # 1,024 positions a forward: a quarter more for the weights
+    assert got(*[60] * 64, full=32) == (64, 2)
+    assert got(*[60] * 3, full=256) == (64, 4)  # never more than the batch
+    assert got(*[60] * 31, 1000, full=256) == (128, 8)  # seven beside the long one, not fifteen
+    assert got(*[60] * 3, 1000, full=256) == (256, 4)
+    assert got(*[60] * 64, full=256, shards=2) == (64, 64)
 
 
 def test_batches_are_padded_with_finished_rows():
