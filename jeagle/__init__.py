@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jeagle.config import EagleConfig, LlamaConfig
+    from jeagle.dispatch import Dispatch
     from jeagle.llm import LLM
     from jeagle.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from jeagle.sampling import SamplingParams
 
 _HOME = {
+    "Dispatch": "jeagle.dispatch",
     "EagleConfig": "jeagle.config",
     "LlamaConfig": "jeagle.config",
     "LLM": "jeagle.llm",

@@ -58,7 +58,7 @@ class LLM:
         ``EagleHead`` module; None decodes plainly.
       tree: "auto" (a chain of 3, the paper's choice at every batch size but the smallest; of 1 on a CPU), a name
         ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or
-        "dispatch", which measures several and uses the fastest; ``dispatch.Dispatch`` says which and how.
+        "dispatch", which measures several and uses the fastest; ``Dispatch`` says which and how.
       dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
         checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.

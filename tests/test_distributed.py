@@ -21,19 +21,24 @@ from jeagle.config import EagleConfig
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [3]]
 PARAMS = [dict(max_tokens=20), dict(max_tokens=20, temperature=0.8, seed=3), dict(max_tokens=9, temperature=1.0)]
 OPTIONS = dict(tree="chain-2", page_size=8)
+DISPATCH = 'Dispatch(candidates=["chain-2", "chain-3"], probe_share=0.5)'  # looks at both often
 
 WORKER = """
 import json, os, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from jeagle import LLM, SamplingParams, distributed
+from jeagle import LLM, Dispatch, SamplingParams, dispatch, distributed
 process, port, target, head = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 distributed.connect(f"127.0.0.1:{port}", 2, process, heartbeat_seconds=10)
-llm = LLM(target, head, %(options)s, tensor_parallel_size=4, data_parallel_size=2)
+# To one process drafts seem cheap, so that they are tried and found not worth it; the other would try none.
+dispatch.measure_rounds = lambda decoder, program, plans, setting: {
+    plan: 1 + (0.08 if process == 0 else 3.0) * (plan.num_nodes - 1) for plan in plans
+}
+llm = LLM(target, head, tree=%(tree)s, page_size=8, tensor_parallel_size=4, data_parallel_size=2)
 def ids():
     outputs = llm.generate(%(prompts)s, [SamplingParams(**p) for p in %(params)s], use_tqdm=False)
-    return [out.outputs[0].token_ids for out in outputs]
-print(json.dumps(ids()), flush=True)
+    return [out.outputs[0].token_ids for out in outputs], [out.metrics.rounds_by_tree for out in outputs]
+print(json.dumps([ids() for _ in range(3)]), flush=True)
 if sys.argv[5] == "die":
     if process == 1:
         os._exit(3)
@@ -51,8 +56,9 @@ def checkpoints(tmp_path_factory) -> tuple[str, str]:
 
 
 def start(process: int, port: int, checkpoints: tuple[str, str], how: str) -> subprocess.Popen:
-    code = WORKER % dict(options=", ".join(f"{k}={v!r}" for k, v in OPTIONS.items()), prompts=PROMPTS, params=PARAMS)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}
+    code = WORKER % dict(tree=DISPATCH, prompts=PROMPTS, params=PARAMS)
+    cache = str(Path(checkpoints[0]).parent / "cache")  # no costs of an earlier run
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1", "JEAGLE_CACHE": cache}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(process), str(port), *checkpoints, how],
         stdout=subprocess.PIPE,
@@ -70,7 +76,8 @@ def free_port() -> int:
 
 
 def test_two_processes_then_one(checkpoints):
-    """The same tokens as one device, on both; when one dies, the other says so and ends within a minute."""
+    """The same tokens as one device, on both, under the same trees, whatever each has measured of them; when one dies,
+    the other says so and ends within a minute."""
     port = free_port()
     with start(0, port, checkpoints, "die") as one, start(1, port, checkpoints, "die") as two:
         try:
@@ -87,7 +94,9 @@ def test_two_processes_then_one(checkpoints):
         for text in (survivor, other)
     )
     assert first == second  # and so the seed that no one gave is one
-    assert first[:2] == [out.outputs[0].token_ids for out in alone][:2]
+    for ids, _ in first:
+        assert ids[:2] == [out.outputs[0].token_ids for out in alone][:2]
+    assert len({tree for _, rounds in first for by_tree in rounds for tree in by_tree}) > 1
     assert one.returncode != 0 and lasted < 60
     assert "lost another process" in said or "another task died" in said
 
