@@ -142,6 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tree", nargs="+", default=["auto"], metavar="TREE", help="as LLM takes them")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="batches of each size")
+    parser.add_argument("--requests", type=int, default=0, metavar="N", help="more of small ones, to N requests each")
     parser.add_argument("--eos", action="store_true", help="stop at EOS")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--synthetic-acceptance", nargs="+", type=float, metavar="X", help="2.8, or .7 .5 .4 by depth")
@@ -152,12 +153,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def repeats_of(args: argparse.Namespace, batch: int) -> int:
+    return max(args.repeats, -(-args.requests // batch))
+
+
 def read_prompts(args: argparse.Namespace, directory: Path | None, vocab_size: int) -> list[list[int]]:
     """Token ids: first turns through the chat template, or at random."""
     if args.random_lengths:
         low, high = args.random_lengths
         rng = np.random.default_rng(args.seed)
-        lengths = rng.integers(low, high + 1, size=max(args.batch) * args.repeats)
+        lengths = rng.integers(low, high + 1, size=max(batch * repeats_of(args, batch) for batch in args.batch))
         return [rng.integers(3, vocab_size, size=length).tolist() for length in lengths]
     if directory is None:
         raise ValueError("--shape has no tokenizer: give --random-lengths")
@@ -209,15 +214,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= dict(synthetic_acceptance=profile, prompt_tokens=spread([len(p) for p in prompts]), runs=[])
     for temperature in args.temperature:
         for batch in args.batch:
-            asked = [[prompts[(r * batch + i) % len(prompts)] for i in range(batch)] for r in range(args.repeats)]
+            repeats = repeats_of(args, batch)
+            asked = [[prompts[(r * batch + i) % len(prompts)] for i in range(batch)] for r in range(repeats)]
             common = dict(max_tokens=args.max_tokens, temperature=temperature, ignore_eos=not args.eos)
             params = [
-                [SamplingParams(**common, seed=args.seed + r * batch + i) for i in range(batch)]
-                for r in range(args.repeats)
+                [SamplingParams(**common, seed=args.seed + r * batch + i) for i in range(batch)] for r in range(repeats)
             ]
             for engine in engines:
                 engine.warm_up(asked[0], params[0])
-            for repeat in tqdm(range(args.repeats), desc=f"batch {batch}, temperature {temperature:g}", disable=None):
+            for repeat in tqdm(range(repeats), desc=f"batch {batch}, temperature {temperature:g}", disable=None):
                 for engine in engines:
                     engine.run(asked[repeat], params[repeat])
             for engine in engines:
