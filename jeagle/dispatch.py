@@ -48,9 +48,10 @@ class Dispatch:
     """What may be chosen, and how readily. ``LLM(tree=Dispatch(candidates=["chain-2", "bush-8"]))``
 
     Args:
-      candidates: static trees, by name, as paths or as plans; "off" is always one. None: what was searched for the
-        head, where it comes with a table (``tree_table.py``), else CANDIDATES. Each is compiled for every batch size in
-        use, to be measured.
+      candidates: static trees, by name, as paths or as plans; "off" is always one. None: those of ``trees``, else
+        CANDIDATES. Each is compiled for every batch size in use, to be measured.
+      trees: what was searched for the head (``tree_table.py``): candidates and how often they are taken at first. None:
+        the head's own, where ``LLM`` finds one beside it.
       costs: a table or its file, of which the nearest batch counts; None measures each batch size when it first comes
         up, and keeps the seconds in the cache directory.
       gain: what a tree must promise over plain decoding, and over the tree it takes over from, as a share of tokens per
@@ -62,6 +63,7 @@ class Dispatch:
     """
 
     candidates: Sequence[str | StaticTree | Sequence[Sequence[int]]] | None = None
+    trees: TreeTable | None = None
     costs: CostTable | str | Path | None = None
     gain: float = 0.05
     probe_share: float = 0.01
@@ -81,11 +83,12 @@ class Dispatch:
                 f"{self.probe_share} and {self.half_life}"
             )
 
-    def plans(self, table: TreeTable | None = None) -> tuple[StaticTree, ...]:
-        """The candidates, each once, plain decoding first. table: of the head."""
+    @property
+    def plans(self) -> tuple[StaticTree, ...]:
+        """The candidates, each once, plain decoding first."""
         given = self.candidates
         if given is None:
-            given = CANDIDATES if table is None else tuple(table.best.values())
+            given = CANDIDATES if self.trees is None else tuple(self.trees.best.values())
         parsed = [OFF, *map(parse_tree, given)]
         return tuple(dict.fromkeys(plan for plan in parsed if isinstance(plan, StaticTree)))
 
@@ -116,9 +119,9 @@ class Dispatcher:
     tree: short texts, whose probes begin with them, are judged more truly than long ones.
     """
 
-    def __init__(self, dispatch: Dispatch, *, table: TreeTable | None = None, directory: Path | None = None):
-        """table: of the head, where it comes with one. directory: where measured costs are kept; None keeps none."""
-        self.plans = dispatch.plans(table)
+    def __init__(self, dispatch: Dispatch, *, directory: Path | None = None):
+        """directory: where measured costs are kept; None keeps none."""
+        self.plans = dispatch.plans
         self._options = dispatch
         self._directory = directory
         given = dispatch.costs
@@ -131,12 +134,12 @@ class Dispatcher:
         self._stored: CostTable | None = None  # the directory's table, once read; process 0 alone has one
         self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
         # Greedy and sampled texts are not guessed equally well.
-        prior_DC = None if table is None else table.rate_DC
+        prior_DC = None if dispatch.trees is None else dispatch.trees.rate_DC
         self.acceptance = {
             sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior_DC=prior_DC)
             for sampled in (False, True)
         }
-        self._tries_to_know = KNOWN_TRIES if table is None else 0
+        self._tries_to_know = KNOWN_TRIES if dispatch.trees is None else 0
         self._seats: dict[Setting, Seat] = {}
         self._served = dict.fromkeys(self.plans, 0)  # rounds, in any setting
         self._credit = 0.0  # seconds earned for probes

@@ -141,8 +141,9 @@ class LLM:
             check_vocabulary(head_directory, self._checkpoint)
         dispatcher: Dispatcher | None = None
         if dispatch is not None:
-            table = None if head_directory is None else TreeTable.of_head(head_directory)
-            dispatcher = Dispatcher(dispatch, table=table, directory=cache / "costs")
+            if dispatch.trees is None and head_directory is not None:
+                dispatch = dataclasses.replace(dispatch, trees=TreeTable.of_head(head_directory))
+            dispatcher = Dispatcher(dispatch, directory=cache / "costs")
             plan = max(dispatcher.plans, key=lambda plan: plan.num_nodes)
 
         if isinstance(model, Llama):

@@ -43,13 +43,15 @@ from reporting import check_outputs, make_console, new_figure, new_table, synthe
 from rich.table import Table
 from tqdm import tqdm
 
-from jeagle import LLM, SamplingParams
+from jeagle import LLM, Dispatch, SamplingParams
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.llama import Llama
+from jeagle.locate import cache_directory, locate
 from jeagle.sizes import size
 from jeagle.text import encode_chat, load_tokenizer
 from jeagle.tree import OFF
+from jeagle.tree_table import TreeTable
 from jeagle.verify import check_profile, constant_profile
 
 
@@ -174,6 +176,13 @@ def read_prompts(args: argparse.Namespace, directory: Path | None, vocab_size: i
     return prompts
 
 
+def searched_trees(draft: str | None, target: Path | None) -> TreeTable | None:
+    """As ``LLM`` finds them beside the head, which is given to it as a module here."""
+    if draft is None or target is None:
+        return None
+    return TreeTable.of_head(locate(draft, cache_directory(), kind="eagle", target=target))
+
+
 def read_profile(args: argparse.Namespace) -> tuple[float, ...] | None:
     given = args.synthetic_acceptance
     if given is None:
@@ -200,7 +209,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     head = random_head(target) if head is None else head
     prompts = read_prompts(args, directory, target.config.vocab_size)
     options: dict[str, Any] = dict(max_batch_size=max(args.batch), synthetic_acceptance=profile)
-    engines = [Engine(name, LLM(target, head, tree=name, **options), True) for name in args.tree]
+    dispatch = Dispatch(trees=searched_trees(args.draft, directory))
+    trees = {name: dispatch if name == "dispatch" else name for name in args.tree}
+    engines = [Engine(name, LLM(target, head, tree=tree, **options), True) for name, tree in trees.items()]
     engines.insert(0, Engine(PLAIN, engines[0].llm, False))
 
     dtype = jnp.dtype(target.compute_dtype).name

@@ -86,7 +86,9 @@ def test_generate(run, files, tmp_path):
 
 
 def test_prompts_and_profiles(files):
-    given = argparse.Namespace(random_lengths=(3, 9), batch=[2, 4], repeats=5, seed=1, synthetic_acceptance=[2.8])
+    given = argparse.Namespace(
+        random_lengths=(3, 9), batch=[2, 4], repeats=5, requests=0, seed=1, synthetic_acceptance=[2.8]
+    )
     prompts = bench_generate.read_prompts(given, None, 50)
     assert len(prompts) == 20 and {len(p) for p in prompts} == set(range(3, 10)) and max(map(max, prompts)) < 50
     assert sum(np.cumprod(bench_generate.read_profile(given))) == pytest.approx(1.8)

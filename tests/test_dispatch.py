@@ -244,13 +244,13 @@ def test_a_head_brings_its_trees_and_rates(tmp_path) -> None:
     (tmp_path / "trees.json").write_text(json.dumps(found))
     table = TreeTable.of_head(tmp_path)
     assert table is not None and table.best == {1: CHAIN_3, 8: CHAIN_1}
-    d = Dispatcher(Dispatch(), table=table)
+    d = Dispatcher(Dispatch(trees=table))
     assert d.plans == (OFF, CHAIN_3, CHAIN_1)
     rate_DC = d.acceptance[True].rate_DC
     np.testing.assert_allclose(rate_DC[:, 0], [0.9, 0.8, 0.8])  # what is deeper is as likely as the level above
     d.acceptance[True].add(CHAIN_1, np.array([1000, 1000]), np.array([1000, 100]))
     assert d.acceptance[True].rate_DC[0, 0] < 0.12
-    assert Dispatcher(Dispatch(candidates=["bush-8"]), table=table).plans == (OFF, parse_tree("bush-8"))
+    assert Dispatcher(Dispatch(candidates=["bush-8"], trees=table)).plans == (OFF, parse_tree("bush-8"))
     assert TreeTable.of_head(tmp_path / "elsewhere") is None
 
 
