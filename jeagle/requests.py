@@ -9,7 +9,7 @@ import numpy as np
 from jeagle.decoder import Batch
 from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
 
-__all__ = ["Bucket", "Row", "bucket", "check_prompt", "chunk_sizes", "make_batch", "make_rows", "pack"]
+__all__ = ["FULL_FORWARD", "Bucket", "Row", "bucket", "check_prompt", "chunk_sizes", "make_batch", "make_rows", "pack"]
 
 SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
 # Positions whose arithmetic takes about as long as reading the weights, which a forward does besides. An H100 in
@@ -97,8 +97,8 @@ def bucket(rows: list[Row], *, page_size: int, chunks: list[int], limit: int, fu
 
     Rows go through their prompts in groups, each as far as its longest and in whole chunks, so that ``rows`` of like
     length pad little. A group is as large as makes reading the weights (``full`` positions' worth of time) a quarter of
-    the arithmetic, and of the chunks the one is taken that ends soonest. Over a mesh all rows are one group, as each
-    device has its own.
+    the arithmetic, and of the chunks the one is taken that ends soonest. With several ``shards`` all rows are one
+    group, as each has its own.
     """
     capacity = max(_power_of_two(max(row.num_positions for row in rows)), SMALLEST_CAPACITY)
     capacity = -(-min(capacity, max(limit, 1)) // page_size) * page_size

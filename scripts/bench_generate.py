@@ -20,8 +20,8 @@ where the cache of compiled programs was warm). Without --draft an untrained hea
 
 --phases also times the verification of each tree alone (bench_decode.py's) and splits rounds into it and the rest: the
 draft, acceptance and commit. --synthetic-acceptance forces what is kept, given as the tokens per call of a chain of 3
-or as probabilities per depth: for shapes without a trained head, and said in every title. The last line is one JSON
-object.
+or as probabilities per depth: for shapes without a trained head, and said in every title. An interrupt ends the run
+with the batch sizes that are done. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from tqdm import tqdm
 from jeagle import LLM, Dispatch, SamplingParams
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
+from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
 from jeagle.sizes import size
@@ -90,7 +91,8 @@ def print_table(console, runs: list[dict[str, Any]], title: str) -> None:
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """Speed-up against batch, acceptance per position at the smallest batch, ms per token and phase stacked."""
+    """Speed-up against batch, with the tree that the dispatcher used most; acceptance per position at the smallest
+    batch; ms per token and phase stacked."""
     first = result["runs"][0]["temperature"]
     runs = [run for run in result["runs"] if run["temperature"] == first]
     batches = sorted({run["batch"] for run in runs})
@@ -105,6 +107,10 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         about = np.abs(np.array(quartiles) - medians)
         at = [run["batch"] for run in mine]
         speed.errorbar(at, medians, yerr=about, marker="o", capsize=3, color=colour[tree], label=tree)
+        for run, height in zip(mine if tree == "dispatch" else (), quartiles[1]):
+            used = max(run["rounds_by_tree"], key=run["rounds_by_tree"].get)
+            above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+            speed.annotate(used, (run["batch"], height), color=colour[tree], **above)
         if acceptance := mine[0]["acceptance_per_position"]:
             kept.plot(range(1, len(acceptance) + 1), acceptance, marker="o", color=colour[tree], label=tree)
     speed.set_xscale("log", base=2)
@@ -121,7 +127,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         phases.bar(range(len(ordered)), values, bottom=bottom, label=name, color=f"C{i}")
         bottom += values
     labels = [f"{run['tree']}, {run['batch']}" for run in ordered]
-    phases.set_xticks(range(len(ordered)), labels, rotation=60, ha="right", fontsize=8)
+    phases.set_xticks(range(len(ordered)), labels, rotation=90, fontsize=6)
     phases.set(ylabel="ms per emitted token, all rows together", xlabel="tree, batch")
     for axes in (speed, kept, phases):
         axes.grid(alpha=0.3, axis="y")
@@ -190,6 +196,35 @@ def read_profile(args: argparse.Namespace) -> tuple[float, ...] | None:
     return constant_profile(given[0]) if len(given) == 1 and given[0] > 1 else check_profile(given)
 
 
+def compare(
+    args: argparse.Namespace,
+    engines: list[Engine],
+    models: tuple[Llama, EagleHead],
+    prompts: list[list[int]],
+    batch: int,
+    temperature: float,
+) -> list[dict[str, Any]]:
+    """A row per engine, the first of which is plain, at one batch size and temperature."""
+    repeats = repeats_of(args, batch)
+    asked = [[prompts[(r * batch + i) % len(prompts)] for i in range(batch)] for r in range(repeats)]
+    common = dict(max_tokens=args.max_tokens, temperature=temperature, ignore_eos=not args.eos)
+    params = [[SamplingParams(**common, seed=args.seed + r * batch + i) for i in range(batch)] for r in range(repeats)]
+    for engine in engines:
+        engine.warm_up(asked[0], params[0])
+    for repeat in tqdm(range(repeats), desc=f"batch {batch}, temperature {temperature:g}", disable=None):
+        for engine in engines:
+            engine.run(asked[repeat], params[repeat])
+    rows = []
+    for engine in engines:
+        row = dict(batch=batch, temperature=temperature, **figures(engine, engines[0]))
+        if args.phases and engine.name != "dispatch":  # whose rounds are of several sizes
+            nodes = engine.llm.plan.num_nodes if engine.speculative else 1
+            target, head = models
+            split_rounds(row, verify_ms(target, head.config.taps if engine.speculative else (), nodes, batch))
+        rows.append(row)
+    return rows
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that can be refused is refused before the model is loaded, or as it is."""
     if (args.model is None) == (args.shape is None):
@@ -223,27 +258,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= dict(max_tokens=args.max_tokens, repeats=args.repeats, stops_at_eos=args.eos, seed=args.seed)
     result |= dict(prompts=args.prompts or f"random, {args.random_lengths[0]} to {args.random_lengths[1]} tokens")
     result |= dict(synthetic_acceptance=profile, prompt_tokens=spread([len(p) for p in prompts]), runs=[])
-    for temperature in args.temperature:
-        for batch in args.batch:
-            repeats = repeats_of(args, batch)
-            asked = [[prompts[(r * batch + i) % len(prompts)] for i in range(batch)] for r in range(repeats)]
-            common = dict(max_tokens=args.max_tokens, temperature=temperature, ignore_eos=not args.eos)
-            params = [
-                [SamplingParams(**common, seed=args.seed + r * batch + i) for i in range(batch)] for r in range(repeats)
-            ]
-            for engine in engines:
-                engine.warm_up(asked[0], params[0])
-            for repeat in tqdm(range(repeats), desc=f"batch {batch}, temperature {temperature:g}", disable=None):
-                for engine in engines:
-                    engine.run(asked[repeat], params[repeat])
-            for engine in engines:
-                row = dict(batch=batch, temperature=temperature, **figures(engine, engines[0]))
-                if args.phases and engine.name != "dispatch":  # whose rounds are of several sizes
-                    nodes = engine.llm.plan.num_nodes if engine.speculative else 1
-                    split_rounds(row, verify_ms(target, head.config.taps if engine.speculative else (), nodes, batch))
-                result["runs"].append(row)
-            if args.out:
-                write_result(args.out, result)
+    try:
+        for temperature in args.temperature:
+            for batch in args.batch:
+                result["runs"] += compare(args, engines, (target, head), prompts, batch, temperature)
+                if args.out:
+                    write_result(args.out, result)
+    except KeyboardInterrupt:
+        if not result["runs"]:
+            raise
+        print("interrupted: the batch sizes that are done are kept", file=sys.stderr)
     # Last, as its arrays would count as memory that generating takes.
     speed, read, per_step = bandwidth(), target_bytes(target), head_bytes(head, target)
     result |= dict(bandwidth_GBps=speed / 1e9, weights_MB=read / 1e6, head_MB=per_step / 1e6)

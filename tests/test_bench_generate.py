@@ -85,6 +85,21 @@ def test_generate(run, files, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_interrupt_keeps_what_is_done(run, files, monkeypatch):
+    compare = bench_generate.compare
+
+    def until_batch_2(*args):
+        if args[-2] == 2:
+            raise KeyboardInterrupt
+        return compare(*args)
+
+    monkeypatch.setattr(bench_generate, "compare", until_batch_2)
+    options = ["--random-lengths", "4", "9", "--max-tokens", "4", "--repeats", "1", "--requests", "3", "--batch"]
+    result, _ = run(bench_generate, files["target"], "--draft", files["head"], "--tree", "chain-1", *options, "1", "2")
+    assert [(r["batch"], r["tree"], r["requests"]) for r in result["runs"]] == [(1, "plain", 3), (1, "chain-1", 3)]
+    assert all(row["share_of_floor"] > 0 for row in result["runs"])
+
+
 def test_prompts_and_profiles(files):
     given = argparse.Namespace(
         random_lengths=(3, 9), batch=[2, 4], repeats=5, requests=0, seed=1, synthetic_acceptance=[2.8]
