@@ -21,12 +21,15 @@ where the cache of compiled programs was warm). Without --draft an untrained hea
 --phases also times the verification of each tree alone (bench_decode.py's) and splits rounds into it and the rest: the
 draft, acceptance and commit. --synthetic-acceptance forces what is kept, given as the tokens per call of a chain of 3
 or as probabilities per depth: for shapes without a trained head, and said in every title. An interrupt ends the run
-with the batch sizes that are done. The last line is one JSON object.
+with the batch sizes that are done; one that was killed goes on from its --out when the same command is given again. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -196,6 +199,14 @@ def read_profile(args: argparse.Namespace) -> tuple[float, ...] | None:
     return constant_profile(given[0]) if len(given) == 1 and given[0] > 1 else check_profile(given)
 
 
+def cut_short(path: Path | None, command: str) -> list[dict[str, Any]]:
+    """What a killed run of the same command has left: all that is measured last is missing."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["runs"] if found.get("command") == command and "bandwidth_GBps" not in found else []
+
+
 def compare(
     args: argparse.Namespace,
     engines: list[Engine],
@@ -257,13 +268,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     result |= dict(max_tokens=args.max_tokens, repeats=args.repeats, stops_at_eos=args.eos, seed=args.seed)
     result |= dict(prompts=args.prompts or f"random, {args.random_lengths[0]} to {args.random_lengths[1]} tokens")
-    result |= dict(synthetic_acceptance=profile, prompt_tokens=spread([len(p) for p in prompts]), runs=[])
+    result |= dict(synthetic_acceptance=profile, prompt_tokens=spread([len(p) for p in prompts]))
+    result["runs"] = cut_short(args.out, here["command"])
+    done = {(row["temperature"], row["batch"]) for row in result["runs"]}
     try:
-        for temperature in args.temperature:
-            for batch in args.batch:
+        for temperature, batch in itertools.product(args.temperature, args.batch):
+            if (temperature, batch) not in done:
                 result["runs"] += compare(args, engines, (target, head), prompts, batch, temperature)
-                if args.out:
-                    write_result(args.out, result)
+            if args.out:
+                write_result(args.out, result)
     except KeyboardInterrupt:
         if not result["runs"]:
             raise

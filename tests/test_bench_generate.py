@@ -100,6 +100,15 @@ def test_an_interrupt_keeps_what_is_done(run, files, monkeypatch):
     assert all(row["share_of_floor"] > 0 for row in result["runs"])
 
 
+def test_a_killed_run_goes_on(tmp_path):
+    path = tmp_path / "generate.json"
+    assert bench_generate.cut_short(path, "this") == []
+    common.write_result(path, dict(command="this", runs=[1]))
+    assert bench_generate.cut_short(path, "this") == [1] and bench_generate.cut_short(path, "that") == []
+    common.write_result(path, dict(command="this", runs=[1], bandwidth_GBps=1.0))
+    assert bench_generate.cut_short(path, "this") == []  # it has ended: measured anew
+
+
 def test_prompts_and_profiles(files):
     given = argparse.Namespace(
         random_lengths=(3, 9), batch=[2, 4], repeats=5, requests=0, seed=1, synthetic_acceptance=[2.8]
