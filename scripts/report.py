@@ -113,7 +113,9 @@ def cold_start(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def spread_of(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f}x ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})"
+    """The median and, of several, the quartiles."""
+    quartiles = f" ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})" if ratio["min"] < ratio["max"] else ""
+    return f"{ratio['median']:.2f}x{quartiles}"
 
 
 def forced(result: Result) -> str:
