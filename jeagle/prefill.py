@@ -46,7 +46,7 @@ def prefill_chunk(
     on, as the head reads the token after each position. prompt_B: prompt lengths.
     """
     B, T = token_BT1.shape[0], token_BT1.shape[1] - 1
-    some = len(caches.page_table_BM) > B
+    some = len(caches.page_table_BM) > B  # else no slice: rows on several devices would be gathered for it
 
     def own(rows: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(rows, first, B) if some else rows
