@@ -199,12 +199,14 @@ def read_profile(args: argparse.Namespace) -> tuple[float, ...] | None:
     return constant_profile(given[0]) if len(given) == 1 and given[0] > 1 else check_profile(given)
 
 
-def cut_short(path: Path | None, command: str) -> list[dict[str, Any]]:
-    """What a killed run of the same command has left: all that is measured last is missing."""
-    if path is None or not path.exists():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["runs"] if found.get("command") == command and "bandwidth_GBps" not in found else []
+def cut_short(path: Path | None, command: str) -> dict[str, Any]:
+    """The rows that a killed run of the same command has left, and the commit that measured them; else none. All that
+    is measured last is missing of them."""
+    if path is not None and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("command") == command and "bandwidth_GBps" not in found:
+            return dict(runs=found["runs"], continued_from=found.get("continued_from") or found["commit"])
+    return dict(runs=[], continued_from=None)
 
 
 def compare(
@@ -269,7 +271,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= dict(max_tokens=args.max_tokens, repeats=args.repeats, stops_at_eos=args.eos, seed=args.seed)
     result |= dict(prompts=args.prompts or f"random, {args.random_lengths[0]} to {args.random_lengths[1]} tokens")
     result |= dict(synthetic_acceptance=profile, prompt_tokens=spread([len(p) for p in prompts]))
-    result["runs"] = cut_short(args.out, here["command"])
+    result |= dict(cut_short(args.out, here["command"]), interrupted=False)
     done = {(row["temperature"], row["batch"]) for row in result["runs"]}
     try:
         for temperature, batch in itertools.product(args.temperature, args.batch):
@@ -280,6 +282,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     except KeyboardInterrupt:
         if not result["runs"]:
             raise
+        result["interrupted"] = True
         print("interrupted: the batch sizes that are done are kept", file=sys.stderr)
     # Last, as its arrays would count as memory that generating takes.
     speed, read, per_step = bandwidth(), target_bytes(target), head_bytes(head, target)

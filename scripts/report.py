@@ -159,9 +159,17 @@ def section(results: dict[str, Result]) -> str:
     parts = []
     for name, result in results.items():
         rows = [f"| {what} | {found} |" for what, found in ROWS[result["script"]](result)]
-        said = f"{title(result)}. By `{short_command(result['command'])}` (`scripts/results/{name}`):"
+        said = f"{title(result)}. By `{short_command(result['command'])}` (`scripts/results/{name}`{cut(result)}):"
         parts.append("\n".join([said, "", "| what | measured |", "| --- | --- |", *rows]))
     return "\n\n".join(parts)
+
+
+def cut(result: Result) -> str:
+    """What happened to a run that did not go through: its command promises more than its rows hold."""
+    said = ""
+    if commit := result.get("continued_from"):
+        said += f"; killed and continued: rows at {commit}, the floor's bandwidth later"
+    return said + "; interrupted: not all batch sizes were run" * result.get("interrupted", False)
 
 
 def short_command(command: str) -> str:

@@ -97,16 +97,17 @@ def test_an_interrupt_keeps_what_is_done(run, files, monkeypatch):
     options = ["--random-lengths", "4", "9", "--max-tokens", "4", "--repeats", "1", "--requests", "3", "--batch"]
     result, _ = run(bench_generate, files["target"], "--draft", files["head"], "--tree", "chain-1", *options, "1", "2")
     assert [(r["batch"], r["tree"], r["requests"]) for r in result["runs"]] == [(1, "plain", 3), (1, "chain-1", 3)]
-    assert all(row["share_of_floor"] > 0 for row in result["runs"])
+    assert all(row["share_of_floor"] > 0 for row in result["runs"]) and result["interrupted"]
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    path = tmp_path / "generate.json"
-    assert bench_generate.cut_short(path, "this") == []
-    common.write_result(path, dict(command="this", runs=[1]))
-    assert bench_generate.cut_short(path, "this") == [1] and bench_generate.cut_short(path, "that") == []
-    common.write_result(path, dict(command="this", runs=[1], bandwidth_GBps=1.0))
-    assert bench_generate.cut_short(path, "this") == []  # it has ended: measured anew
+    path, nothing = tmp_path / "generate.json", dict(runs=[], continued_from=None)
+    assert bench_generate.cut_short(path, "this") == nothing
+    common.write_result(path, dict(command="this", commit="abc", runs=[1]))
+    assert bench_generate.cut_short(path, "this") == dict(runs=[1], continued_from="abc")
+    assert bench_generate.cut_short(path, "that") == nothing
+    common.write_result(path, dict(command="this", commit="abc", runs=[1], bandwidth_GBps=1.0))
+    assert bench_generate.cut_short(path, "this") == nothing  # it has ended: measured anew
 
 
 def test_prompts_and_profiles(files):
