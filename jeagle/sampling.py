@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.extend.random import threefry2x32_p
 
 from jeagle import vocabulary
 from jeagle.sharding import Across, across, rows_first, split
+from pallas_kernels.noise import gumbel_of_bits, threefry
 
 __all__ = [
     "SAMPLERS",
@@ -156,17 +156,8 @@ def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.
 
     token: ids [V] or any shape broadcasting against [B, T, 1]. An element depends on its own three numbers only.
     """
-    shape = jnp.broadcast_shapes((*position_BT.shape, 1), token.shape)
-
-    def spread(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x.astype(jnp.uint32), shape)
-
-    keys = (spread(seed_B2[:, i, None, None]) for i in (0, 1))
-    bits, _ = threefry2x32_p.bind(*keys, spread(position_BT[..., None]), spread(token))
-    # Exponential(1) = -log1p(-u). Converting all 32 bits keeps u's relative precision near 0, where the winners of an
-    # argmax lie: a 24-bit uniform would cut the noise off at 17 and starve tokens of probability below 1e-7.
-    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-u))
+    key_0, key_1 = seed_B2[:, 0, None, None], seed_B2[:, 1, None, None]
+    return gumbel_of_bits(threefry(key_0, key_1, position_BT[..., None], token))
 
 
 def _keep_largest(x: jax.Array, weight: jax.Array, enough: jax.Array, vocab: Across) -> jax.Array:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
 
 from jeagle.tree import Tree
+from pallas_kernels.noise import threefry
 
 __all__ = ["accept", "check_profile", "constant_profile", "force"]
 
@@ -62,7 +62,7 @@ def force(
     for depth in range(1, num_path):
         # The noise of choices is keyed by (seed, position, token): with the top bit set no token is meant.
         counter_B = jnp.full(B, (1 << 31) + depth, jnp.uint32)
-        bits_B, _ = threefry2x32_p.bind(seed_B2[:, 0], seed_B2[:, 1], length_B.astype(jnp.uint32), counter_B)
+        bits_B = threefry(seed_B2[:, 0], seed_B2[:, 1], length_B, counter_B)
         lucky_B = bits_B.astype(jnp.float32) * 2.0**-32 < profile[min(depth, len(profile)) - 1]
         child_BT = (tree.parent_BT == here_B[:, None]) & (node_T > 0) & tree.valid_BT
         kept_B = kept_B & lucky_B & jnp.any(child_BT, axis=1)

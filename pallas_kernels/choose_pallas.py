@@ -6,8 +6,7 @@ cannot, and weighs nothing under top-p. Each lane of the program keeps a list of
 and keeps the tokens' order. All else works on the lists. top-k and top-p search the largest threshold that keeps
 enough (``jeagle.sampling._keep_largest``) by several trial values a pass, down to the one value that is left between
 those that keep too little and those that keep enough, and every pass drops from the lists what fell below. The
-noise, threefry2x32 (Salmon et al., SC 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") on (position, token) under
-the row's key, is computed for what is still listed.
+noise (``noise.py``: threefry on (position, token) under the row's key) is computed for what is still listed.
 
 Traffic per call: the logits once from memory, R * V * itemsize bytes, and once more from the second-level cache (64
 rows of 128,256 in float32 are 33 MB, an H100 caches 50 MB), and 8 bytes for each listed token, once per pass. Floor: R
@@ -29,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.noise import gumbel_of_bits, threefry
 from pallas_kernels.plan import power_of_two
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _kernel(
 
     def draw(best, i, x_N):
         id_N = pltriton.load(id_ref.at[row, i, lane_N], mask=i < count_N, other=0)
-        noise_N = _gumbel(_threefry(seed_ref[row, 0], seed_ref[row, 1], position_ref[row], id_N))
+        noise_N = gumbel_of_bits(threefry(seed_ref[row, 0], seed_ref[row, 1], position_ref[row], id_N))
         return better(best, jnp.where(x_N >= cut, x_N + noise_N, -jnp.inf), id_N)
 
     drawn, _ = _winner(*fold(draw, none_yet, count_N))
@@ -241,23 +241,3 @@ def _winner(value_N, token_N):
     highest = jnp.max(jnp.where(nan_N, jnp.inf, value_N))
     first_N = jnp.where(jnp.max(nan_N.astype(jnp.int32)) > 0, nan_N, value_N == highest)
     return jnp.min(jnp.where(first_N, token_N, jnp.int32(2**31 - 1))), highest
-
-
-def _threefry(key_0, key_1, position, token_N):
-    """The first word of threefry2x32 with 20 rounds."""
-    keys = [key_0, key_1, key_0 ^ key_1 ^ jnp.uint32(0x1BD11BDA)]
-    x = position.astype(jnp.uint32) + keys[0]
-    y = token_N.astype(jnp.uint32) + keys[1]
-    for group in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x = x + y
-            y = ((y << turn) | (y >> (32 - turn))) ^ x
-        x = x + keys[(group + 1) % 3]
-        y = y + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x
-
-
-def _gumbel(bits):
-    """As in ``jeagle.sampling.gumbel``."""
-    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-u))

@@ -18,6 +18,7 @@ from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import SAMPLERS, Filters, RowSampling, choose, gumbel, resolve_sampler
 from pallas_kernels import choose_pallas
+from pallas_kernels.noise import gumbel_of_bits, threefry
 
 R = 32
 ALL = Filters(sample=True, top_k=True, top_p=True, min_p=True)
@@ -144,12 +145,12 @@ def test_the_first_nan_is_chosen():
 def test_reach_covers_the_noise():
     """The kernel forgets tokens REACH below the best: the rarest noise must not lift them above the commonest."""
     bits = jnp.array([0, 2**32 - 1], jnp.uint32)
-    highest, lowest = choose_pallas._gumbel(bits)
+    highest, lowest = gumbel_of_bits(bits)
     assert highest - lowest < choose_pallas.REACH
     assert np.exp(-choose_pallas.REACH) * 2.0**31 < 0.5
     tokens = jnp.arange(5000)
     key = jnp.array([[123, 2**32 - 5]], jnp.uint32)
-    ours = jax.jit(lambda t: choose_pallas._gumbel(choose_pallas._threefry(*key[0], jnp.int32(77), t)))(tokens)
+    ours = jax.jit(lambda t: gumbel_of_bits(threefry(*key[0], jnp.int32(77), t)))(tokens)
     np.testing.assert_array_equal(ours, jax.jit(partial(gumbel, key, jnp.array([[77]])))(tokens)[0, 0])
 
 
