@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import tiny_llama
 
 from jeagle.checkpoint import load_eagle
@@ -29,7 +30,7 @@ from jeagle.training.recipe import (
     load_recipe,
 )
 from jeagle.training.run import check_length, load_documents
-from jeagle.training.trainer import Trainer, TrainingError
+from jeagle.training.trainer import Trainer, TrainingError, make_optimizer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
 LENGTH = 24
@@ -104,8 +105,9 @@ def test_concat_heads_learn(tmp_path, kind):
     assert t.evaluate()["loss_by_depth"][0] < before["loss_by_depth"][0]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    r = recipe(objective={"feature_noise": 0.1}, run={"echo": 2, "updates": 2, "rows": 2})
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, method):
+    r = recipe(objective={"feature_noise": 0.1}, run={"echo": 2, "updates": 2, "rows": 2}, method=method)
     whole = trainer(tmp_path / "whole", r)
     whole.train()
     killed = trainer(tmp_path / "killed", r)
@@ -120,6 +122,27 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_muon_turns_matrices_between_states_and_leaves_the_rest_to_adamw():
+    head = new_head(recipe().head.config(tiny_llama().config), tiny_llama(), jnp.arange(60), seed=0, sample=None)
+    params = nnx.state(head, nnx.Param)
+    optimizer = make_optimizer(recipe(method="muon", warmup=0.0, clip=1e9).optimizer, 10)
+    gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+    change, _ = optimizer.update(gradient, optimizer.init(params), params)
+    block = change["blocks"][0]
+    turned = {
+        "qkv": block["qkv"]["kernel"][...].reshape(2 * 32, -1),
+        "out": block["out"]["kernel"][...].reshape(-1, 32),
+        "gate_up": block["gate_up"]["kernel"][...].reshape(32, -1),
+        "fc": change["fc"]["kernel"][...],
+    }
+    for name, matrix in turned.items():
+        size = np.linalg.svd(matrix, compute_uv=False)
+        assert size.max() < 2 * np.quantile(size, 0.2), name  # of a random square one it would be six times
+        np.testing.assert_allclose(np.sqrt(np.mean(matrix**2)), 0.2 * 1e-2, rtol=0.2)
+    for table in (change["lm_head"], change["norm"]["scale"]):  # AdamW's first step is the sign
+        np.testing.assert_allclose(np.abs(table[...]), 1e-2, rtol=1e-3)
 
 
 def test_a_run_directory_belongs_to_one_recipe(tmp_path):

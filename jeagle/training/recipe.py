@@ -79,12 +79,14 @@ class ObjectiveRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """AdamW with linear warm-up and cosine decay to ``final`` of the peak."""
+    """AdamW, or Muon for matrices inside the head and AdamW for the rest, with linear warm-up and cosine decay to
+    ``final`` of the peak."""
 
     learning_rate: float
+    method: Literal["adamw", "muon"] = "adamw"
     warmup: float = 0.04  # share of all updates
     final: float = 0.05
-    b1: float = 0.9
+    b1: float = 0.9  # of AdamW
     b2: float = 0.95
     weight_decay: float = 0.0  # of matrices; norms are left alone
     clip: float = 0.5  # global gradient norm

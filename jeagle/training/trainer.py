@@ -28,7 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from jeagle.checkpoint_writer import save
 from jeagle.eagle import EagleHead
@@ -212,7 +214,12 @@ class Trainer:
 
 
 def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.GradientTransformation:
-    """AdamW under a global-norm clip, linear warm-up and cosine decay; norms and biases are not decayed."""
+    """AdamW or Muon under a global-norm clip, linear warm-up and cosine decay; norms and biases are not decayed.
+
+    Muon (Jordan, 2024; arXiv:2502.16982) makes the update of a matrix orthogonal and scales it to AdamW's usual size,
+    so the learning rates of both are alike. It suits matrices between states; tables with a row per token are left to
+    AdamW, as there.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=recipe.learning_rate,
@@ -220,16 +227,37 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
         decay_steps=total_updates,
         end_value=recipe.learning_rate * recipe.final,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    if recipe.method == "muon":
+        update = optax.contrib.muon(
             schedule,
-            b1=recipe.b1,
-            b2=recipe.b2,
+            adam_b1=recipe.b1,
+            adam_b2=recipe.b2,
             weight_decay=recipe.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
+            adam_weight_decay=recipe.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        update = optax.adamw(schedule, b1=recipe.b1, b2=recipe.b2, weight_decay=recipe.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), update)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of a kernel are read and which written, for Muon; None for what is no matrix between states."""
+
+    def of(parameter: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        axes = parameter.get_metadata()["axes"]
+        if len(axes) < 2 or any(axis is not None and axis.endswith("vocab") for axis in axes):
+            return None
+        last = len(axes) - 1
+        read, written = (range(last), (last,)) if axes[-1] == "width" else ((0,), range(1, last + 1))
+        return optax.contrib.MuonDimensionNumbers(tuple(read), tuple(written))
+
+    return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 @contextlib.contextmanager

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jeagle import vocabulary
 from jeagle.eagle import EagleHead
 from jeagle.layers import LayerAttend
 from jeagle.llama import Llama
+from jeagle.sharding import Across
 from jeagle.training.losses import acceptance, lump, smooth_l1
 from jeagle.training.packing import Rows
 
@@ -93,7 +95,7 @@ def teach(target: Llama, head: EagleHead, rows: Rows, top_k: int | None = None) 
     def read(hidden_D: jax.Array):
         logits_V = target.logits(hidden_D)
         lse = jax.nn.logsumexp(logits_V)
-        summary = lse, jnp.argmax(logits_V).astype(jnp.int32)
+        summary = lse, vocabulary.argmax(logits_V, Across(None))
         if top_k is None:
             return summary
         p_W = jnp.exp(_draft_columns(head, logits_V) - lse)
@@ -201,7 +203,7 @@ def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, fe
     ahead = slice(k + 1, None)
     logits_BTW = head.logits(hidden_BTD[:, : T - k - 1], target)
     log_q = jax.nn.log_softmax(logits_BTW, axis=-1)
-    draft_best = jnp.argmax(logits_BTW, axis=-1)
+    draft_best = vocabulary.argmax(logits_BTW, Across(None))
     if p_BTW is not None:
         p = p_BTW[:, ahead]
     else:
