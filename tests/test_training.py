@@ -141,8 +141,8 @@ def test_muon_turns_matrices_between_states_and_leaves_the_rest_to_adamw():
         size = np.linalg.svd(matrix, compute_uv=False)
         assert size.max() < 2 * np.quantile(size, 0.2), name  # of a random square one it would be six times
         np.testing.assert_allclose(np.sqrt(np.mean(matrix**2)), 0.2 * 1e-2, rtol=0.2)
-    for table in (change["lm_head"], change["norm"]["scale"]):  # AdamW's first step is the sign
-        np.testing.assert_allclose(np.abs(table[...]), 1e-2, rtol=1e-3)
+    for table in (change["lm_head"], change["norm"]["scale"]):  # AdamW's first step is a multiple of the sign
+        np.testing.assert_allclose(np.abs(table[...]), np.abs(table[...]).max(), rtol=1e-3)
 
 
 def test_a_run_directory_belongs_to_one_recipe(tmp_path):
