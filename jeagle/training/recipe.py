@@ -32,6 +32,7 @@ class HeadRecipe:
     start: str = "target"  # "target" (its own last block and LM head), "random", or a head to go on from
     num_layers: int = 1
     num_kv_heads: int | None = None  # None: the target's; more let more of the newest token through (see initial.py)
+    copy_heads: int = 0  # kv heads that begin by copying what followed a token before (see copying.py)
     mlp_width: int | None = None  # None: the target's
     draft_vocab_size: int | None = None  # None: the target's vocabulary
     taps: tuple[int, ...] | None = None  # None: the published ones
@@ -215,6 +216,7 @@ def _check(recipe: Recipe, file: str) -> None:
     check(recipe.data.pack_length >= 4, "data.pack_length", "at least 4")
     check(recipe.data.held_out >= 0, "data.held_out", "0 or more")
     check(recipe.head.num_layers >= 1, "head.num_layers", "at least 1")
+    check(recipe.head.copy_heads >= 0, "head.copy_heads", "0 or more")
     check(t.learning_rate > 0, "optimizer.learning_rate", "above 0")
     check(0 <= t.warmup < 1, "optimizer.warmup", "a share from 0 to below 1")
     check(t.clip > 0, "optimizer.clip", "above 0")

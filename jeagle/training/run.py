@@ -18,12 +18,15 @@ from jeagle.llama import Llama
 from jeagle.llama4_config import Llama4Config
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.text import Tokenizer, load_tokenizer, vocabulary_hash
+from jeagle.training.copying import graft_copying
 from jeagle.training.documents import DataError, Document, fingerprint, read_documents
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
+
+COPYING_ROWS = 32  # rows of text that heads which copy are fitted to
 
 __all__ = ["Run", "check_length", "first_head", "load_documents", "prepare"]
 
@@ -109,7 +112,20 @@ def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) ->
 def _head(
     recipe: Recipe, target: Llama, documents: list[Document], rows: Rows, cache: Path, target_dir: Path
 ) -> EagleHead:
-    """A new head, or the one to go on from."""
+    """A new head, or the one to go on from; with heads that copy, if the recipe wants some."""
+    head = _start(recipe, target, documents, rows, cache, target_dir)
+    if recipe.head.copy_heads:
+        few = slice(None, None, -(-len(rows.token_BT) // COPYING_ROWS))
+        try:
+            graft_copying(head, target, Rows(*(x[few] for x in rows)), recipe.head.copy_heads)
+        except ValueError as error:
+            raise RecipeError(f"head.copy_heads: {error}") from error
+    return head
+
+
+def _start(
+    recipe: Recipe, target: Llama, documents: list[Document], rows: Rows, cache: Path, target_dir: Path
+) -> EagleHead:
     start = recipe.head.start
     if start in ("target", "random"):
         return first_head(recipe, target, documents, Rows(*(x[:2] for x in rows)))
