@@ -8,6 +8,7 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,9 +57,10 @@ class LLM:
         into the cache directory), or a ``Llama`` module.
       draft: the same for the head, the name of one that comes with the package (``jeagle.heads.names()``), or an
         ``EagleHead`` module; None decodes plainly.
-      tree: "auto" (a chain of 3, the paper's choice at every batch size but the smallest; of 1 on a CPU), a name
-        ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or
-        "dispatch", which measures several and uses the fastest; ``Dispatch`` says which and how.
+      tree: "auto" (at each batch size the tree searched for the head on such a device, where it has a ``trees.json``;
+        else a chain of 3, the paper's choice at every batch size but the smallest, of 1 on a CPU), a name ("chain-5",
+        "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or "dispatch", which
+        measures several and uses the fastest; ``Dispatch`` says which and how.
       dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
         checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
@@ -126,7 +128,8 @@ class LLM:
         if isinstance(tree, str) and tree == "dispatch":
             tree = Dispatch()
         dispatch = tree if isinstance(tree, Dispatch) else None
-        if isinstance(tree, Dispatch) or (isinstance(tree, str) and tree == "auto"):
+        auto = isinstance(tree, str) and tree == "auto"
+        if isinstance(tree, Dispatch) or auto:
             tree = _auto_tree()
         plan = parse_tree(tree)
         _keep_compiled_programs(cache / "xla")
@@ -139,12 +142,18 @@ class LLM:
         if draft is not None and not isinstance(draft, EagleHead):
             head_directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(head_directory, self._checkpoint)
+        searched: TreeTable | None = None
+        if head_directory is not None and (auto or dispatch is not None):
+            searched = TreeTable.of_head(head_directory)
+        plans: dict[int, TreePlan] = {1: plan}
+        if auto and searched is not None and searched.device.startswith(jax.devices()[0].device_kind):
+            plans = dict(searched.best)
         dispatcher: Dispatcher | None = None
         if dispatch is not None:
-            if dispatch.trees is None and head_directory is not None:
-                dispatch = dataclasses.replace(dispatch, trees=TreeTable.of_head(head_directory))
+            if dispatch.trees is None:
+                dispatch = dataclasses.replace(dispatch, trees=searched)
             dispatcher = Dispatcher(dispatch, directory=cache / "costs")
-            plan = max(dispatcher.plans, key=lambda plan: plan.num_nodes)
+            plans = {1: max(dispatcher.plans, key=lambda plan: plan.num_nodes)}
 
         if isinstance(model, Llama):
             target = model if layout is None else place(model, layout)
@@ -167,7 +176,7 @@ class LLM:
                 raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
             limit = max_model_len
         self.max_model_len = limit
-        self.plan = plan if head is not None else OFF  # with a dispatcher the largest it may choose
+        self._plans = plans if head is not None else {1: OFF}  # by batch size
         self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
@@ -178,6 +187,20 @@ class LLM:
         self._decoder = Decoder(target, head, page_size=page_size, kv_cache_dtype=cache_dtype, layout=layout)
         self.dtype = self._decoder.dtype
         self._tokenizer: Any = None
+
+    @property
+    def plan(self) -> TreePlan:
+        """The tree that is drafted; of several, for different batch sizes or for a dispatcher to choose from, the
+        largest."""
+        return max(self._plans.values(), key=lambda plan: plan.num_nodes)
+
+    @plan.setter
+    def plan(self, plan: TreePlan) -> None:
+        self._plans = {1: plan}
+
+    def plan_for(self, batch: int) -> TreePlan:
+        """The tree of the nearest batch size."""
+        return self._plans[min(self._plans, key=lambda size: abs(math.log(size / batch)))]
 
     @property
     def checkpoint(self) -> Path | None:
@@ -318,7 +341,8 @@ class LLM:
         sizes = dict(page_size=decoder.page_size, limit=self.max_model_len, full=full, shards=decoder.row_shards)
         shapes = bucket(rows, chunks=self._chunks, **sizes)
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
-        program = Program(self.plan if speculative else OFF, filters, num_logprobs, self._attention, self._sampler)
+        plan = self.plan_for(shapes.batch) if speculative else OFF
+        program = Program(plan, filters, num_logprobs, self._attention, self._sampler)
         if program.drafts:
             program = dataclasses.replace(program, profile=self.synthetic_acceptance)
         return Course(decoder, program, shapes, self.dispatcher if speculative else None), batch
@@ -360,8 +384,7 @@ def _fits(target: Llama, chunk: int) -> bool:
 
 
 def _auto_tree() -> str:
-    """On a CPU no tree was faster than a chain of 1 at batch 1, 8 or 32, with the head that comes with the package: its
-    trees.json."""
+    """Of a head that brings no trees of its own."""
     return "chain-1" if jax.default_backend() == "cpu" else "chain-3"
 
 

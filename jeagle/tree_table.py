@@ -1,7 +1,7 @@
 """What ``scripts/search_tree.py`` found of a head, kept beside it as ``trees.json``: how often its guesses are taken,
 and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
 
-    {"command": .., "device": .., "rate": [[0.42, 0.11], [0.45, 0.1]], "best": {"1": "bush-8", "8": "chain-1"}, ..}
+    {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "best": {"1": "bush-8", "8": "chain-1"}, ..}
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NAME = "trees.json"
 class TreeTable:
     rate_DC: np.ndarray  # how often the child of rank c at depth d + 1 is taken once its parent is
     best: dict[int, StaticTree]  # the fastest tree that drafts, by batch size
+    device: str = ""  # what they were timed on, JAX's device kind first
 
     @classmethod
     def of_head(cls, directory: Path) -> TreeTable | None:
@@ -32,7 +33,7 @@ class TreeTable:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            rate_DC = np.array(found["rate"], float)
+            rate_DC, device = np.array(found["rate"], float), str(found.get("device", ""))
             parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
             best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
             if rate_DC.ndim != 2 or not ((rate_DC >= 0) & (rate_DC <= 1)).all():
@@ -41,4 +42,4 @@ class TreeTable:
                 raise ValueError("best must name a static tree for a batch size at least")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no table of trees ({type(error).__name__}: {error}); remove it") from None
-        return cls(rate_DC, best)
+        return cls(rate_DC, best, device)

@@ -12,13 +12,14 @@ from test_exactness import markov_head, markov_target
 
 from jeagle import LLM, SamplingParams, dispatch, heads
 from jeagle.acceptance import Acceptance, expected_tokens
+from jeagle.checkpoint_writer import save
 from jeagle.costs import CostTable, Setting, load_costs, modelled_costs, monotone, save_costs
 from jeagle.devices import DEVICES
 from jeagle.dispatch import PROBE_ROUNDS, Dispatch, Dispatcher
 from jeagle.floor import Job
 from jeagle.footprint import Split
 from jeagle.sizes import head_for, size
-from jeagle.tree import OFF, StaticTree, parse_tree
+from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
 from jeagle.tree_table import TreeTable
 
 CHAIN_1, CHAIN_3 = StaticTree.chain(1), StaticTree.chain(3)
@@ -295,6 +296,24 @@ def test_generate_with_a_dispatcher(tmp_path) -> None:
         assert set(b.metrics.rounds_by_tree) == {"off"}
     assert llm.dispatcher is not None
     assert llm.dispatcher.acceptance[False].kept_DC[0, 0] > 10
+
+
+@pytest.mark.parametrize(("device", "trees"), [("cpu (x86_64)", ("chain-3", "chain-1")), ("a GPU", ("chain-1",) * 2)])
+def test_auto_is_what_was_searched_for_the_batch_size_on_such_a_device(tmp_path, device, trees) -> None:
+    target = markov_target()
+    head = save(markov_head(target), tmp_path / "head")
+    found = dict(rate=[[0.9]], best={"1": "chain-3", "8": "chain-1"}, device=device)
+    (head / "trees.json").write_text(json.dumps(found))
+    llm = LLM(target, head, cache_dir=tmp_path)
+    assert [tree_name(llm.plan_for(batch)) for batch in (1, 2, 4, 64)] == [trees[0], trees[0], trees[1], trees[1]]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    prompts = [[1 + i] for i in range(4)]
+    for asked, tree in ((prompts[:1], trees[0]), (prompts, trees[1])):
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        depth = parse_tree(tree).max_depth
+        assert {len(out.metrics.acceptance_histogram) for out in outputs} == {depth + 1}
+        plain = llm.generate(asked, params, use_tqdm=False, speculative=False)
+        assert [out.outputs for out in outputs] == [out.outputs for out in plain]
 
 
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, caplog) -> None:
