@@ -7,7 +7,7 @@ from protocol import serve
 def load(request):
     import os
 
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "all")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; else half of the machine's memory
     import vllm
 
     engine = vllm.LLM(
