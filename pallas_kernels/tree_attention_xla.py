@@ -5,7 +5,8 @@ pass walks the paged cache in blocks with an online softmax (FlashAttention-2, A
 no mask but each row's length; the suffix pass is one small masked softmax over the new positions.
 
 Traffic per call: the visible part of the cache once (plus the gathered copy of one block, which stays in a CPU's
-cache), never the whole capacity: the number of blocks walked follows the longest row.
+cache), never the whole capacity: the number of blocks walked follows the longest row. On a CPU many rows are taken in
+groups, each as far as its own longest row, so that a group's block stays in the cache too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax import lax
 __all__ = ["tree_attention"]
 
 BLOCK = 256  # cache positions per step of the prefix pass
+GROUP = 8  # rows at a time, on a CPU
 
 Partial = tuple[jax.Array, jax.Array]  # normalised out_KBTGH and log-sum-exp_KBTG, float32
 
@@ -46,6 +48,25 @@ def tree_attention(
     Returns (out_BTKGH in q's dtype, natural log-sum-exp of the scaled scores, lse_BTKG float32). A query that sees
     nothing gets zeros and -inf.
     """
+    rows = (q_BTKGH, k_BUKH, v_BUKH, page_table_BM, start_B, length_B)
+    if suffix_mask.shape[0] > 1:
+        rows = (*rows, suffix_mask)
+
+    def attend(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, page_table, start, length, *mask = rows
+        return _attend(q, k, v, *(mask or [suffix_mask]), pages_k, pages_v, page_table, start, length, scales)
+
+    def in_groups(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        split = tuple(x.reshape(-1, GROUP, *x.shape[1:]) for x in rows)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(attend, split))
+
+    B = len(q_BTKGH)
+    if B <= GROUP or B % GROUP:
+        return attend(rows)
+    return lax.platform_dependent(*rows, cpu=in_groups, default=lambda *rows: attend(rows))
+
+
+def _attend(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B, scales):
     # Ties the gathers below to this layer's queries: nothing else orders them, and XLA would run every layer's at once,
     # which costs a second cache.
     q_BTKGH, page_table_BM = lax.optimization_barrier((q_BTKGH, page_table_BM))
@@ -98,15 +119,18 @@ def _prefix_pass(q_KBTGH, pages_k, pages_v, page_table_BM, start_B, length_B, sc
 
 def _softmax(q_KBTGH, k_KBSH, v_KBSH, seen) -> Partial:
     """Softmax attention over one set of keys; ``seen`` broadcasts against [K, B, T, G, S]."""
-    score_KBTGS = jnp.einsum("KBTGH,KBSH->KBTGS", q_KBTGH, k_KBSH, preferred_element_type=jnp.float32)
+    wide = dict(preferred_element_type=jnp.float32)
+    if q_KBTGH.shape[1] * q_KBTGH.shape[2] == 1:
+        # One new position: XLA:CPU repacks the second factor, so the keys come first. Half the time on long prefixes.
+        score_KBTGS = jnp.moveaxis(jnp.einsum("KBSH,KBTGH->KBSTG", k_KBSH, q_KBTGH, **wide), 2, -1)
+    else:
+        score_KBTGS = jnp.einsum("KBTGH,KBSH->KBTGS", q_KBTGH, k_KBSH, **wide)
     score_KBTGS = jnp.where(seen, score_KBTGS, -jnp.inf)
     highest = jnp.max(score_KBTGS, axis=-1, keepdims=True)
     highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # a query that sees nothing: exp(-inf - 0) = 0, not NaN
     weight_KBTGS = jnp.exp(score_KBTGS - highest)
     total = jnp.sum(weight_KBTGS, axis=-1, keepdims=True)
-    out_KBTGH = jnp.einsum(
-        "KBTGS,KBSH->KBTGH", weight_KBTGS.astype(v_KBSH.dtype), v_KBSH, preferred_element_type=jnp.float32
-    )
+    out_KBTGH = jnp.einsum("KBTGS,KBSH->KBTGH", weight_KBTGS.astype(v_KBSH.dtype), v_KBSH, **wide)
     return out_KBTGH / jnp.where(total == 0, 1.0, total), (highest + jnp.log(total))[..., 0]
 
 

@@ -39,7 +39,7 @@ __all__ = [
 
 
 def environment() -> dict[str, Any]:
-    """command, device ("kind (machine, cores)"), jax (version), versions (of what else matters), commit, load_average
+    """command, device ("kind (processor, cores)"), jax (version), versions (of what else matters), commit, load_average
     (processes, over the last minute).
 
     commit is the abbreviated hash, with "-dirty" where tracked files had changed; None outside a git checkout. Ask at
@@ -47,12 +47,22 @@ def environment() -> dict[str, Any]:
     """
     return dict(
         command=shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        device=f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        device=f"{jax.devices()[0].device_kind} ({_processor()}, {os.cpu_count()} cores)",
         jax=jax.__version__,
         versions=dict(python=platform.python_version()) | {name: version(name) for name in ("jaxlib", "flax", "numpy")},
         commit=_commit(),
         load_average=os.getloadavg()[0],
     )
+
+
+def _processor() -> str:
+    """The architecture and, where Linux tells, its widest vectors: what products take follows them."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        flags = []
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None)
+    return platform.machine() + (f" with {widest}" if widest else "")
 
 
 def _commit() -> str | None:

@@ -38,7 +38,11 @@ class Shape:
 
 SHAPES = {
     "decode": Shape(T=1, U=1, G=1, K=3),
+    "one-row": Shape(B=1, T=1, U=1, G=3, page_size=128, M=9),
     "tree": Shape(T=7, U=7, G=3),
+    # Rows that the XLA implementation takes in groups, with a mask each and with one for all.
+    "groups": Shape(B=16, T=2, U=2, K=1),
+    "groups-one-mask": Shape(B=24, T=4, U=4, K=1, M=2, mask_rows=1),
     "wider-suffix": Shape(B=2, T=3, U=9, G=4, K=1, H=32),
     "chunk-one-mask": Shape(T=8, U=8, mask_rows=1, page_size=16, M=1),
     # Capacity above the XLA implementation's block of 512 positions: the last block is not full.
