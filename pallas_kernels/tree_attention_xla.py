@@ -11,6 +11,8 @@ groups, each as far as its own longest row, so that a group's block stays in the
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -48,25 +50,28 @@ def tree_attention(
     Returns (out_BTKGH in q's dtype, natural log-sum-exp of the scaled scores, lse_BTKG float32). A query that sees
     nothing gets zeros and -inf.
     """
-    rows = (q_BTKGH, k_BUKH, v_BUKH, page_table_BM, start_B, length_B)
-    if suffix_mask.shape[0] > 1:
-        rows = (*rows, suffix_mask)
-
-    def attend(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, k, v, page_table, start, length, *mask = rows
-        return _attend(q, k, v, *(mask or [suffix_mask]), pages_k, pages_v, page_table, start, length, scales)
-
-    def in_groups(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        split = tuple(x.reshape(-1, GROUP, *x.shape[1:]) for x in rows)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(attend, split))
-
     B = len(q_BTKGH)
+    rows = (q_BTKGH, k_BUKH, v_BUKH, suffix_mask, page_table_BM, start_B, length_B)
+    attend = partial(_attend, pages_k=pages_k, pages_v=pages_v, scales=scales)
     if B <= GROUP or B % GROUP:
-        return attend(rows)
-    return lax.platform_dependent(*rows, cpu=in_groups, default=lambda *rows: attend(rows))
+        return attend(*rows)
+    one_mask = suffix_mask.shape[0] == 1
+
+    def in_groups(q, k, v, mask, *of_rows) -> tuple[jax.Array, jax.Array]:
+        def of_group(group: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            q, k, v, *rest = group
+            return attend(q, k, v, *((mask, *rest) if one_mask else rest))
+
+        grouped = (q, k, v, *(() if one_mask else (mask,)), *of_rows)
+        of_groups = lax.map(of_group, tuple(x.reshape(-1, GROUP, *x.shape[1:]) for x in grouped))
+        return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), of_groups)
+
+    return lax.platform_dependent(*rows, cpu=in_groups, default=attend)
 
 
-def _attend(q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, page_table_BM, start_B, length_B, scales):
+def _attend(
+    q_BTKGH, k_BUKH, v_BUKH, suffix_mask, page_table_BM, start_B, length_B, *, pages_k, pages_v, scales
+) -> tuple[jax.Array, jax.Array]:
     # Ties the gathers below to this layer's queries: nothing else orders them, and XLA would run every layer's at once,
     # which costs a second cache.
     q_BTKGH, page_table_BM = lax.optimization_barrier((q_BTKGH, page_table_BM))
