@@ -26,9 +26,9 @@ from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
-COPYING_ROWS = 32  # rows of text that heads which copy are fitted to
-
 __all__ = ["Run", "check_length", "first_head", "load_documents", "prepare"]
+
+COPYING_ROWS = 32  # rows of text that heads which copy are fitted to
 
 
 class Run(NamedTuple):
