@@ -126,7 +126,7 @@ def _softmax(q_KBTGH, k_KBSH, v_KBSH, seen) -> Partial:
     """Softmax attention over one set of keys; ``seen`` broadcasts against [K, B, T, G, S]."""
     wide = dict(preferred_element_type=jnp.float32)
     if q_KBTGH.shape[1] * q_KBTGH.shape[2] == 1:
-        # One new position: XLA:CPU repacks the second factor, so the keys come first. Half the time on long prefixes.
+        # One new position: XLA:CPU repacks the second factor, so keys come first: two thirds of the time if many.
         score_KBTGS = jnp.moveaxis(jnp.einsum("KBSH,KBTGH->KBSTG", k_KBSH, q_KBTGH, **wide), 2, -1)
     else:
         score_KBTGS = jnp.einsum("KBTGH,KBSH->KBTGS", q_KBTGH, k_KBSH, **wide)
