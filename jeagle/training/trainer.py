@@ -218,7 +218,7 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
 
     Muon (Jordan, 2024; arXiv:2502.16982) makes the update of a matrix orthogonal and scales it to AdamW's usual size,
     so the learning rates of both are alike. It suits matrices between states; tables with a row per token are left to
-    AdamW, as there.
+    AdamW, as there, and are not decayed either.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -228,21 +228,23 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
         end_value=recipe.learning_rate * recipe.final,
     )
 
-    def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
     if recipe.method == "muon":
         update = optax.contrib.muon(
             schedule,
             adam_b1=recipe.b1,
             adam_b2=recipe.b2,
             weight_decay=recipe.weight_decay,
-            adam_weight_decay=recipe.weight_decay,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=_matrices,
         )
     else:
-        update = optax.adamw(schedule, b1=recipe.b1, b2=recipe.b2, weight_decay=recipe.weight_decay, mask=decayed)
+        update = optax.adamw(
+            schedule,
+            b1=recipe.b1,
+            b2=recipe.b2,
+            weight_decay=recipe.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        )
     return optax.chain(optax.clip_by_global_norm(recipe.clip), update)
 
 
