@@ -104,10 +104,11 @@ def test_sigkill_leaves_no_destination(tmp_path):
 
 @pytest.mark.skipif(not PeakBytes.can_be_read(), reason="reads Linux's /proc")
 def test_memory_stays_at_one_tensor(tmp_path, monkeypatch):
-    """A 270 MB model of zeros through 34 MB tensors; holding all of it would show."""
+    """A 540 MB model of zeros through 34 MB tensors: two of those, what is being written and threads' buffers. A copy of
+    each layer left behind would show twice over."""
     monkeypatch.setattr(checkpoint_writer, "COMMIT_BYTES", 16 << 20)
     monkeypatch.setattr(checkpoint_writer, "CHUNK_BYTES", 8 << 20)
-    width, mlp, layers = 1024, 4096, 4
+    width, mlp, layers = 1024, 4096, 8
     source = make_hf(
         tmp_path / "hf", hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=8
     )
@@ -140,5 +141,5 @@ def test_memory_stays_at_one_tensor(tmp_path, monkeypatch):
     convert.convert(make_hf(tmp_path / "small"), tmp_path / "warm", progress=False)  # modules, threads' arenas
     with PeakBytes() as peak:
         convert.convert(source, tmp_path / "ours", progress=False)
-    assert end > 220 << 20
-    assert peak.bytes < 110 << 20
+    assert end > 440 << 20
+    assert peak.bytes < 160 << 20
