@@ -45,8 +45,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 def resolve(name: str, platform: str | None = None) -> str:
     """The implementation that serves ``name`` on a platform (JAX's default one if None).
 
-    "auto" is XLA on CPUs and TPUs, and on GPUs the kernel that every shape can use, for its two launches a layer
-    (scripts/compile_h100.py counts them). No GPU has timed it yet.
+    "auto" is XLA on CPUs and TPUs, and on GPUs the kernel that every shape can use. On an H100 (scripts/results/h100)
+    it is the fastest at one new position a row, with cuDNN, which reads no pages; "mosaic" is faster from 32 nodes on,
+    by 6% over 1,024 positions and 37% for 64 nodes over 32,768.
     """
     if name == "auto":
         return "pallas" if (platform or jax.default_backend()) == "gpu" else "xla"

@@ -2,6 +2,7 @@
 
     python scripts/gpu_suite.py --out runs/h100                   all parts, at most 8 minutes each; again: goes on
     python scripts/gpu_suite.py --out runs/h100 --parts 1 2       some of them
+    python scripts/gpu_suite.py --out runs/h100 --only '8B.*plain|8B.*draft'    rows of these words, on a short lease
     python scripts/gpu_suite.py --out runs/tiny --tiny            minuscule shapes, for a CPU: about a minute
     PYTHONPATH=. python3 scripts/gpu_suite.py ...                 where jeagle is not installed
 
@@ -89,7 +90,7 @@ def run_here(args: argparse.Namespace) -> int:
         settings = Settings(args.tiny, resolve(args.attention), args.variant, args.smollm2)
         heading = dict(script="gpu_suite", part=args.part, tiny=args.tiny, **environment())
         deadline = time.monotonic() + NO_NEW_ROW * args.seconds
-        rows = Rows(path, heading, deadline=deadline)
+        rows = Rows(path, heading, deadline=deadline, only=args.only)
         importlib.import_module(f"gpu_parts.{args.part}").measure(rows, settings)
     except OutOfTime:
         say(path, args.variant, "unfinished", "its time was up; run again to go on")
@@ -128,7 +129,7 @@ def run_process(part: str, variant: str, args: argparse.Namespace, seconds: floa
     path, log = part_file(args.out, part), args.out / f"{part}.log"
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(args.out), "--part", part]
     command += ["--variant", variant, "--seconds", f"{seconds:.0f}", "--attention", args.attention]
-    command += ["--smollm2", str(args.smollm2), *["--tiny"] * args.tiny]
+    command += ["--smollm2", str(args.smollm2), "--only", args.only, *["--tiny"] * args.tiny]
     flags = [os.environ.get("XLA_FLAGS", ""), *FLAGS.get(variant, [])]
     flags += ["--xla_backend_optimization_level=0"] * args.tiny  # compiling is all that tiny programs cost
     defaults = dict(
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="minuscule shapes, for a CPU")
     parser.add_argument("--attention", default="auto", metavar="NAME", help="what models run with (parts 3 to 5)")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="a part's time limit (default: %(default).0f)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose key, as printed, this finds")
     parser.add_argument("--retry", action="store_true", help="measure rows again during which a process died")
     parser.add_argument("--smollm2", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="CHECKPOINT")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)

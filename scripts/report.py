@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu_parts.numbers import NUMBERS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 BEGIN, END = "<!-- numbers: made by scripts/report.py -->", "<!-- end of numbers -->"
@@ -112,6 +114,11 @@ def cold_start(result: Result) -> Iterator[tuple[str, str]]:
     yield "first word of `jeagle generate`, compiled programs in the cache", f"{total:.1f} s ({phases})"
 
 
+def gpu_suite(result: Result) -> Iterator[tuple[str, str]]:
+    """Of a part of gpu_suite.py."""
+    yield from NUMBERS[result["part"]](result)
+
+
 def spread_of(ratio: dict[str, float]) -> str:
     """The median and, of several, the quartiles."""
     quartiles = f" ({ratio['quartile_1']:.2f} to {ratio['quartile_3']:.2f})" if ratio["min"] < ratio["max"] else ""
@@ -140,11 +147,14 @@ ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
     "bench_peers": peers,
     "bench_steady": steady,
     "bench_start": cold_start,
+    "gpu_suite": gpu_suite,
 }
 
 
 def title(result: Result) -> str:
     """What all rows of a file share."""
+    if result["script"] == "gpu_suite":
+        return f"gpu_suite, {result['part']}, {result['device']}, JAX {result['jax']}"
     tokens = f", {result['max_tokens']} tokens" if result["script"] in ("bench_generate", "bench_peers") else ""
     prefix = f", prefix of {result['prefix']} tokens" if "prefix" in result else ""
     batch = f", batch {result['batch']}" if "batch" in result else ""
@@ -169,6 +179,8 @@ def cut(result: Result) -> str:
     said = ""
     if commit := result.get("continued_from"):
         said += f"; killed and continued: rows at {commit}, the floor's bandwidth later"
+    if note := result.get("note"):
+        said += f"; {note}"
     return said + "; interrupted: not all batch sizes were run" * result.get("interrupted", False)
 
 
@@ -183,8 +195,9 @@ def short_command(command: str) -> str:
 
 
 def read_results(directory: Path) -> dict[str, Result]:
-    """The files that have rows, by name, in the order of ROWS."""
-    found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))}
+    """The files that have rows, by their path in ``directory``, in the order of ROWS."""
+    paths = sorted(directory.rglob("*.json"))
+    found = {str(path.relative_to(directory)): json.loads(path.read_text(encoding="utf-8")) for path in paths}
     order = list(ROWS)
     known = {name: result for name, result in found.items() if result.get("script") in order}
     return dict(sorted(known.items(), key=lambda item: order.index(item[1]["script"])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = ["DeviceLost", "OutOfTime", "Rows", "Settings", "Skip", "in_a_line", "
 
 # Fields of a row that say what was measured; all others say what was found.
 KEYS = ("what", "operation", "implementation", "case", "shape", "dtype", "flags", "tree", "B", "T", "length")
+COPY_BANDWIDTH = dict(what="copy bandwidth")
 
 
 class Skip(Exception):
@@ -46,11 +48,14 @@ class Settings:
 class Rows:
     """The rows of one part. Those that stand in the file are not measured again; errors are tried again.
 
+    ``only``: a regular expression. Rows whose key, as it is printed, it does not find are left out, but for the copy
+    bandwidth, which others are held against.
+
     Raises ValueError where the file's rows come from another device, another JAX or other sizes.
     """
 
-    def __init__(self, path: Path, heading: dict[str, Any], *, deadline: float):
-        self.path, self.heading, self.deadline = path, heading, deadline
+    def __init__(self, path: Path, heading: dict[str, Any], *, deadline: float, only: str = ""):
+        self.path, self.heading, self.deadline, self.only = path, heading, deadline, re.compile(only)
         before = read_part(path)
         for field in ("device", "jax", "tiny"):
             if before.get("rows") and before[field] != heading[field]:
@@ -61,8 +66,12 @@ class Rows:
         update_part(path, **heading, rows=before.get("rows", []))
 
     def measure(self, function: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
-        """The row of ``key``: as it stands in the file, or with the figures that ``function`` finds now."""
+        """The row of ``key``: as it stands in the file, or with the figures that ``function`` finds now; {} if it is
+        left out."""
         assert set(key) <= set(KEYS), key
+        said = ", ".join(str(x) for x in key.values())
+        if key != COPY_BANDWIDTH and not self.only.search(said):
+            return {}
         found = self._rows.get(_name(key))
         if found is not None and found["status"] in ("measured", "crashed"):
             return found
@@ -87,7 +96,7 @@ class Rows:
         if row["status"] == "error" and not _device_lives():
             row["status"] = "crashed"
         self._put(row)
-        print("  ", ", ".join(str(x) for x in key.values()), "-", row.get("why", row["status"]), flush=True)
+        print("  ", said, "-", row.get("why", row["status"]), flush=True)
         if row["status"] == "crashed":
             raise DeviceLost(row["why"])
         return row
