@@ -17,6 +17,10 @@ cuts short counts as one round with the tokens it still emitted. (Meta's "tokens
 **Acceptance** at position k is the share of rounds that kept at least k draft tokens, a cut round again with what it
 emitted; tau is 1 plus the sum over k. The **histogram** counts the rounds that kept 0, 1, 2, ... draft tokens.
 
+**Looked up** is no property of the head but of the text, and says how easy it was: the share of the answers' tokens that
+followed the two tokens before them the last time those stood side by side, in the prompt or the answer. A small model
+repeats itself, the more the lower the temperature.
+
 Sampled answers (temperature above 0) have a seed per question and turn, made of --seed and the question's line in its
 file: the same text for every tree, --batch and --limit. Only the first turn is asked, unless --all-turns goes on with
 the model's own answer.
@@ -66,9 +70,22 @@ class Answer:
     plain: RequestOutput | None = None  # with --speed
 
 
+def looked_up(prompt: Sequence[int], answer: Sequence[int]) -> int:
+    """How many tokens of the answer followed the two before them the last time. Example: of [1, 2, 3] after [1, 2, 3]
+    the last one."""
+    followed: dict[tuple[int, int], int] = {}
+    ids, found = [*prompt, *answer], 0
+    for i in range(2, len(ids)):
+        pair = ids[i - 2], ids[i - 1]
+        found += i >= len(prompt) and followed.get(pair) == ids[i]
+        followed[pair] = ids[i]
+    return found
+
+
 def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     """A row of the table."""
     total = pooled([a.speculative.metrics for a in answers])
+    texts = [(a.speculative.prompt_token_ids, a.speculative.outputs[0].token_ids) for a in answers]
     return dict(
         answers=len(answers),
         rounds=total.num_rounds,
@@ -76,6 +93,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
         tokens_per_call=total.tokens_per_call,
         acceptance_per_position=total.acceptance_per_position,
         acceptance_histogram=total.acceptance_histogram,
+        looked_up=sum(looked_up(*text) for text in texts) / sum(len(answer) for _, answer in texts),
     )
 
 
@@ -138,11 +156,18 @@ def rows(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def print_table(console: Console, run: dict[str, Any]) -> None:
     depth = len(run["whole"]["acceptance_per_position"])
-    numbers = ("answers", "tokens", "rounds", "tokens per call", *(f"kept ≥ {k}" for k in range(1, depth + 1)))
+    numbers = (
+        "answers",
+        "tokens",
+        "rounds",
+        "tokens per call",
+        *(f"kept ≥ {k}" for k in range(1, depth + 1)),
+        "looked up",
+    )
     table = new_table("category", *numbers, "rounds that kept 0, 1, 2, ...", title=label(run), right=numbers)
     for name, row in rows(run).items():
         cells = [f"{row['answers']}", f"{row['tokens']}", f"{row['rounds']}", f"{row['tokens_per_call']:.2f}"]
-        cells += [f"{share:.0%}" for share in row["acceptance_per_position"]]
+        cells += [f"{share:.0%}" for share in (*row["acceptance_per_position"], row["looked_up"])]
         if name == WHOLE:
             table.add_section()
         table.add_row(name, *cells, " ".join(map(str, row["acceptance_histogram"])))

@@ -104,8 +104,8 @@ def test_sigkill_leaves_no_destination(tmp_path):
 
 @pytest.mark.skipif(not PeakBytes.can_be_read(), reason="reads Linux's /proc")
 def test_memory_stays_at_one_tensor(tmp_path, monkeypatch):
-    """A 540 MB model of zeros through 34 MB tensors: two of those, what is being written and threads' buffers. A copy of
-    each layer left behind would show twice over."""
+    """A 540 MB model of zeros through 34 MB tensors: two of those, what is being written and threads' buffers. Holding
+    all of it would show three times over."""
     monkeypatch.setattr(checkpoint_writer, "COMMIT_BYTES", 16 << 20)
     monkeypatch.setattr(checkpoint_writer, "CHUNK_BYTES", 8 << 20)
     width, mlp, layers = 1024, 4096, 8
