@@ -17,9 +17,9 @@ cuts short counts as one round with the tokens it still emitted. (Meta's "tokens
 **Acceptance** at position k is the share of rounds that kept at least k draft tokens, a cut round again with what it
 emitted; tau is 1 plus the sum over k. The **histogram** counts the rounds that kept 0, 1, 2, ... draft tokens.
 
-**Looked up** is no property of the head but of the text, and says how easy it was: the share of the answers' tokens that
-followed the two tokens before them the last time those stood side by side, in the prompt or the answer. A small model
-repeats itself, the more the lower the temperature.
+**Looked up** is no property of the head but of the text, and says how easy it was: the share of the answers' tokens
+that followed the two tokens before them the last time those stood side by side, in the prompt or the answer. A small
+model repeats itself, the more the lower the temperature.
 
 Sampled answers (temperature above 0) have a seed per question and turn, made of --seed and the question's line in its
 file: the same text for every tree, --batch and --limit. Only the first turn is asked, unless --all-turns goes on with

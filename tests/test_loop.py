@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,7 +13,7 @@ from flax import nnx
 from jeagle import LLM, SamplingParams
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
-from jeagle.decoder import Batch, CompiledProgram, Decoder
+from jeagle.decoder import Batch, CompiledProgram, Decoder, precision_of
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
 from jeagle.llama import Llama
@@ -135,3 +138,26 @@ class _no_compilation:
     def __exit__(self, *_) -> None:
         jax.monitoring.clear_event_listeners()
         assert not self.names, self.names
+
+
+def test_float32_is_multiplied_as_such():
+    """A GPU's default is TF32. Every product of a round and of prefill asks for more, and only there."""
+    assert precision_of(jnp.dtype("float32"), "gpu") == "highest"
+    assert precision_of(jnp.dtype("bfloat16"), "gpu") is None and precision_of(jnp.dtype("float32"), "cpu") is None
+    with jax.default_matmul_precision("tensorfloat32"):  # the user's word
+        assert precision_of(jnp.dtype("float32"), "gpu") is None
+
+    for precision, asked in (("highest", True), (None, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jeagle.decoder.precision_of", lambda dtype: precision)
+            decoder = make_decoder()
+        program = Program(plan=StaticTree.chain(2))
+        caches = decoder.empty_caches(BATCH, program, 128)
+        state = decoder.first_state(caches, make_batch(8), program, 128)
+        rows = np.zeros((BATCH, 65), np.int32), np.int32(0), np.int32(0), np.ones(BATCH, np.int32)
+        for lowered in (
+            decoder.jitted_launch.lower(decoder.params, state, np.int32(1), program=program),
+            decoder._prefill.lower(decoder.params, caches, *rows, attention="xla"),
+        ):
+            products = re.findall(r"stablehlo\.dot_general.*", lowered.as_text())
+            assert len(products) > 10 and {"HIGHEST" in line for line in products} == {asked}
