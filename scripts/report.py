@@ -115,8 +115,8 @@ def cold_start(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def gpu_suite(result: Result) -> Iterator[tuple[str, str]]:
-    """Of a part of gpu_suite.py."""
-    yield from NUMBERS[result["part"]](result)
+    """Of a part of gpu_suite.py; not all have words."""
+    yield from NUMBERS.get(result["part"], lambda part: iter(()))(result)
 
 
 def spread_of(ratio: dict[str, float]) -> str:
@@ -169,6 +169,8 @@ def section(results: dict[str, Result]) -> str:
     parts = []
     for name, result in results.items():
         rows = [f"| {what} | {found} |" for what, found in ROWS[result["script"]](result)]
+        if not rows:
+            continue
         said = f"{title(result)}. By `{short_command(result['command'])}` (`scripts/results/{name}`{cut(result)}):"
         parts.append("\n".join([said, "", "| what | measured |", "| --- | --- |", *rows]))
     return "\n\n".join(parts)

@@ -149,7 +149,7 @@ def test_float32_is_multiplied_as_such():
 
     for precision, asked in (("highest", True), (None, False)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("jeagle.decoder.precision_of", lambda dtype: precision)
+            patch.setattr("jeagle.decoder.precision_of", lambda dtype, asked=precision: asked)
             decoder = make_decoder()
         program = Program(plan=StaticTree.chain(2))
         caches = decoder.empty_caches(BATCH, program, 128)

@@ -54,6 +54,40 @@ def test_a_changed_number_is_noticed_and_mended(run, tmp_path):
     assert run("--check", *where)[0] == 1
 
 
+def test_parts_of_the_gpu_suite():
+    def part(name: str, *rows: dict) -> dict:
+        measured = [dict(status="measured", **row) for row in rows]
+        return dict(script="gpu_suite", part=name, device="H100", jax="1", command="python scripts/x.py", rows=measured)
+
+    plain = dict(shape="1B", what="plain step", T=1, weight_floor_s=1e-3)
+    steps = part(
+        "steps",
+        plain | dict(length=1024, seconds=2e-3),
+        plain | dict(length=8192, seconds=4e-3),
+        dict(shape="1B", what="verify step", T=32, length=1024, seconds=3e-3),
+    )
+    problem = dict(B=1, T=1, length=8, bytes=100)
+    attention = part(
+        "attention",
+        dict(what="copy bandwidth", bytes_per_second=1e9),
+        problem | dict(implementation="cuDNN", seconds=1e-6),
+    )
+    check = part("check", dict(operation="choose", implementation="xla", case="greedy", ok=True))
+    check["rows"].append(dict(check["rows"][0], status="error", why="a reason", implementation="other"))
+    results = {"s.json": steps, "a.json": attention, "c.json": check, "splits.json": part("splits", problem)}
+    said = report.section(results)
+    for line in (
+        "| 1B shape, plain step, context 1,024 / 8,192 | 2.00 / 4.00 ms, of which reading the weights once at the copy "
+        "bandwidth would take 50% / 25% |",
+        "| 1B shape, verify step of 32 nodes, context 1,024 | 3.00 ms, 1.50 of a plain step |",
+        "| attention of an 8B layer, batch 1, 1 new, 8 cached (of copy bandwidth) | cuDNN (no mask) 1.0 us (10%) |",
+        "| choose by `xla` against float64 | 1 of 1 cases right |",
+        "| choose by `other` against float64 | not run: a reason |",
+    ):
+        assert line in said
+    assert "splits" not in said
+
+
 def test_synthetic_and_missing_are_said():
     """Both must be read in the table itself."""
     rate = {name: 10 * value for name, value in HALF.items()}

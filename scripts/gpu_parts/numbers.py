@@ -34,7 +34,7 @@ def steps(part: Part) -> Rows:
         found = " / ".join(f"{row['seconds'] * 1e3:.2f}" for row in rows) + " ms"
         if what == "plain step":
             floor = " / ".join(f"{row['weight_floor_s'] / row['seconds']:.0%}" for row in rows)
-            found += f", {floor} of what reading the weights takes at the copy bandwidth"
+            found += f", of which reading the weights once at the copy bandwidth would take {floor}"
         elif what == "verify step":
             found += f", {' / '.join(over_plain(part, row) for row in rows)} of a plain step"
         nodes = f" of {T} nodes" if T > 1 else ""
