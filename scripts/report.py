@@ -68,6 +68,15 @@ def acceptance(result: Result) -> Iterator[tuple[str, str]]:
         yield what, found
 
 
+def alignment(result: Result) -> Iterator[tuple[str, str]]:
+    """Of eval_alignment.py."""
+    rates = f"{result['agreement_in_training']:.1%} in training, {result['agreement_in_decoding']:.1%} in decoding"
+    yield (
+        f"first drafts that are the target's choice, at {result['positions']} positions of {result['answers']} answers",
+        f"{rates}; they differ at {result['positions_that_differ']}",
+    )
+
+
 def generation(result: Result) -> Iterator[tuple[str, str]]:
     """Of bench_generate.py."""
     for run in result["runs"]:
@@ -143,6 +152,7 @@ ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
     "bench_decode": steps,
     "bench_products": products,
     "eval_acceptance": acceptance,
+    "eval_alignment": alignment,
     "bench_generate": generation,
     "bench_peers": peers,
     "bench_steady": steady,
