@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jeagle import few_rows
 from jeagle.few_rows import LARGE, MOST_ROWS, multiply_rows
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs go other ways")
@@ -37,9 +38,11 @@ def as_ever(shape, weights, product=multiply) -> tuple[int, bool]:
 
 @on_cpu
 @pytest.mark.parametrize("outputs", [(LARGE // 256,), (3, 5, 64), (2, 1536), (LARGE // 256 + 1,)])
-def test_two_rows_go_apart_and_more_to_eigen(outputs):
+def test_two_rows_go_apart_and_more_to_eigen(outputs, monkeypatch):
     large = jnp.zeros((256, *outputs))
-    assert ways((2, 256), large) == (2, False)
+    for wide, products in ((False, 2), (True, 1)):  # with AVX-512 two do as well
+        monkeypatch.setattr(few_rows, "has_avx512", lambda wide=wide: wide)
+        assert ways((2, 256), large) == (products, False)
     for rows in (3, 4, 8, MOST_ROWS):
         assert ways((rows, 256), large) == (1, False)
     assert ways((2, 4, 256), large) == (1, False)  # batch and tree together
