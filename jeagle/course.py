@@ -13,7 +13,7 @@ from jeagle.decoder import Batch, Decoder
 from jeagle.dispatch import PROBE_ROUNDS, Dispatcher
 from jeagle.requests import Bucket
 from jeagle.sharding import fetch
-from jeagle.tree import StaticTree, tree_name
+from jeagle.tree import OFF, StaticTree, tree_name
 
 __all__ = ["Course", "Look"]
 
@@ -91,7 +91,12 @@ class Course:
             )
         )
         self._count(acceptance_BP, tried_BN, kept_BN)
-        return Look(*look)
+        seen = Look(*look)
+        if self._dispatcher is not None and (seen.finish_B > 0).all():
+            by_tree = {name: int(rounds_B.sum()) for name, rounds_B in self.rounds_by_tree.items()}
+            drafted = 1 - by_tree.get(tree_name(OFF), 0) / max(1, sum(by_tree.values()))
+            self._dispatcher.ended(self._setting, seen.num_output_B, seen.num_rounds_B, drafted)
+        return seen
 
     def end(self, finish_B: np.ndarray) -> None:
         """Rows that the host has ended."""

@@ -1,6 +1,9 @@
 """The choice of the draft tree by measurement: most expected tokens per second, plain decoding among the candidates.
 
-    value of a tree  =  expected tokens per call (``acceptance.py``)  /  seconds per round (``costs.py``)
+    value of a tree  =  expected tokens per call (``acceptance.py``) / seconds per round (``costs.py``) * evenness
+
+A batch ends with its slowest row. Drafts are kept more often in some rows than in others, so a batch that drafts runs on
+for a few rows where a plain one would be done: **evenness** is how much of the gain that leaves (``Dispatcher.ended``).
 
 Decided per batch and again between launches, on finished rounds; the text never depends on it. All that enters a
 decision is the same on every process, so all decide alike.
@@ -40,6 +43,8 @@ log = logging.getLogger("jeagle")
 
 CANDIDATES = ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8")
 PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
+NEWEST = 0.3  # weight of the batch that has just ended in what is known of evenness
+FORGET = 0.05  # of it, with every batch that did not draft: text changes
 KNOWN_TRIES = 64  # of first drafts: with fewer nothing is known of a head that comes without a table
 
 
@@ -139,6 +144,7 @@ class Dispatcher:
             sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior_DC=prior_DC)
             for sampled in (False, True)
         }
+        self._evenness: dict[Setting, float] = {}
         self._tries_to_know = KNOWN_TRIES if dispatch.trees is None else 0
         self._seats: dict[Setting, Seat] = {}
         self._served = dict.fromkeys(self.plans, 0)  # rounds, in any setting
@@ -175,9 +181,12 @@ class Dispatcher:
         return self._seconds[setting]
 
     def values(self, setting: Setting) -> dict[StaticTree, float]:
-        """Expected tokens per second of each row under each candidate."""
-        rate_DC = self.acceptance[setting.sampled].rate_DC
-        return {plan: expected_tokens(plan, rate_DC) / s for plan, s in self.seconds(setting).items()}
+        """Expected tokens per second of each row under each candidate, over a batch's whole course."""
+        rate_DC, evenness = self.acceptance[setting.sampled].rate_DC, self._evenness.get(setting, 1.0)
+        return {
+            plan: expected_tokens(plan, rate_DC) / s * (1.0 if plan == OFF else evenness)
+            for plan, s in self.seconds(setting).items()
+        }
 
     def choose(self, setting: Setting) -> Choice:
         """The tree of the next launch."""
@@ -200,6 +209,26 @@ class Dispatcher:
             seat.rounds += rounds
             if plan == seat.plan:
                 self._credit += self._options.probe_share * rounds * self.seconds(setting)[plan]
+
+    def ended(self, setting: Setting, num_output_B: np.ndarray, num_rounds_B: np.ndarray, drafted: float) -> None:
+        """A batch is done. Evenness is its rows' mean number of rounds over the largest, against the same of tokens,
+        which is what plain decoding would have had.
+
+        Example: two rows of 64 tokens that took 32 and 64 rounds have 0.75: their 1.33 tokens per call gained the batch
+        nothing.
+
+        drafted: the share of the rounds that drafted; the others teach nothing.
+        """
+        served = num_rounds_B > 0
+        if not served.any():
+            return
+        tokens, rounds = num_output_B[served], num_rounds_B[served]
+        with self._lock:
+            known = self._evenness.get(setting, 1.0)
+            found = (rounds.mean() / rounds.max()) / (tokens.mean() / tokens.max()) if drafted else 1.0
+            weight = FORGET if not drafted else drafted * (NEWEST if setting in self._evenness else 1.0)
+            if drafted or setting in self._evenness:
+                self._evenness[setting] = float((1 - weight) * known + weight * found)
 
     def _seat(self, setting: Setting) -> Seat:
         """The seat, given to the best tree if that is worth a switch."""

@@ -185,6 +185,27 @@ def test_a_switch_takes_a_gain_and_some_rounds(caplog) -> None:
     assert 0.95 < d.values(ONE)[drafting] / d.values(ONE)[OFF] < 1 and d.choose(ONE).plan == OFF
 
 
+def test_a_batch_ends_with_its_slowest_row() -> None:
+    d = dispatcher(probe_share=0.0)
+    teach(d, MANY, 0.95, 100_000)
+    before = d.values(MANY)
+    assert served(d, MANY, 64, 0.95) == CHAIN_1
+    d.ended(MANY, np.array([64, 64, 0]), np.array([32, 64, 0]), 1.0)  # the last row is padding
+    assert d.values(MANY)[OFF] == before[OFF]
+    assert d.values(MANY)[CHAIN_1] == pytest.approx(0.75 * before[CHAIN_1], rel=1e-2)
+    assert served(d, MANY, 64, 0.95) == OFF
+    d.ended(MANY, np.array([64, 64]), np.array([64, 64]), 0.5)  # half of it was plain: it counts for half
+    assert d._evenness[MANY] == pytest.approx(0.75 + 0.25 * 0.15)
+    plain = 0
+    while d.choose(MANY).plan == OFF:  # what drafting was like is forgotten, little by little
+        d.ended(MANY, np.array([8, 64]), np.array([8, 64]), 0.0)
+        plain += 1
+    assert 20 < plain < 60 and ONE not in d._evenness
+    d = dispatcher()  # rows that would have ended apart anyway
+    d.ended(MANY, np.array([32, 64]), np.array([16, 32]), 1.0)
+    assert d._evenness[MANY] == 1
+
+
 def test_probes_are_bounded_and_take_turns() -> None:
     d = dispatcher(probe_share=0.01)
     teach(d, MANY, 0.1, 100_000)
@@ -314,6 +335,19 @@ def test_auto_is_what_was_searched_for_the_batch_size_on_such_a_device(tmp_path,
         assert {len(out.metrics.acceptance_histogram) for out in outputs} == {depth + 1}
         plain = llm.generate(asked, params, use_tqdm=False, speculative=False)
         assert [out.outputs for out in outputs] == [out.outputs for out in plain]
+
+
+def test_a_course_tells_how_even_its_rows_were(tmp_path, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(Dispatcher, "ended", lambda self, *given: told.append(given))
+    llm = make_llm(tmp_path, tree=Dispatch(candidates=["chain-1", "chain-3"], costs=TABLE))
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (20, 3, 9)]
+    outs = llm.generate([[1], [1, 2], [1, 2, 3]], params, use_tqdm=False)
+    ((setting, num_output_B, num_rounds_B, drafted),) = told
+    assert setting.batch == 4 and sorted(num_output_B.tolist()) == [0, 3, 9, 20]
+    rounds = sum(out.metrics.num_rounds for out in outs)
+    assert num_rounds_B.sum() == rounds
+    assert drafted == pytest.approx(1 - sum(out.metrics.rounds_by_tree.get("off", 0) for out in outs) / rounds)
 
 
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, caplog) -> None:
