@@ -2,8 +2,8 @@
 
     value of a tree  =  expected tokens per call (``acceptance.py``) / seconds per round (``costs.py``) * evenness
 
-A batch ends with its slowest row. Drafts are kept more often in some rows than in others, so a batch that drafts runs on
-for a few rows where a plain one would be done: **evenness** is how much of the gain that leaves (``Dispatcher.ended``).
+A batch ends with its slowest row. Drafts are kept more often in some rows than in others, so a batch that drafts runs
+on for a few rows where a plain one would be done: **evenness** is the share that this leaves (``Dispatcher.ended``).
 
 Decided per batch and again between launches, on finished rounds; the text never depends on it. All that enters a
 decision is the same on every process, so all decide alike.

@@ -8,14 +8,13 @@ the best one of n, and taking them one by one finds what the programme finds.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
-from jeagle.acceptance import expected_tokens
 from jeagle.tree import OFF, StaticTree
 
-__all__ = ["best_tree", "best_trees", "comb", "fastest"]
+__all__ = ["best_tree", "best_trees", "comb"]
 
 
 def best_tree(rate_DC: np.ndarray, num_nodes: int, max_depth: int) -> StaticTree:
@@ -51,8 +50,3 @@ def best_trees(rate_DC: np.ndarray, nodes: Iterable[int], depths: Iterable[int])
     """The best tree of every size and depth, each once, and no tree."""
     depths = tuple(depths)
     return list(dict.fromkeys([OFF, *(best_tree(rate_DC, n, depth) for n in nodes for depth in depths)]))
-
-
-def fastest(rate_DC: np.ndarray, seconds: Mapping[StaticTree, float]) -> StaticTree:
-    """The tree with the most expected tokens per second, ``seconds`` being those of a round."""
-    return max(seconds, key=lambda plan: expected_tokens(plan, rate_DC) / seconds[plan])

@@ -22,7 +22,7 @@ NAME = "trees.json"
 @dataclass(frozen=True)
 class TreeTable:
     rate_DC: np.ndarray  # how often the child of rank c at depth d + 1 is taken once its parent is
-    best: dict[int, StaticTree]  # the fastest tree that drafts, by batch size
+    best: dict[int, StaticTree]  # the fastest tree by batch size, plain decoding among them
     device: str = ""  # what they were timed on, JAX's device kind first
 
     @classmethod

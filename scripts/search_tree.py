@@ -9,9 +9,10 @@ have children as good. (2) For every size and depth the tree with the most expec
 arXiv:2402.12374; jeagle/tree_search.py). (3) A round of each is timed at each batch size (jeagle/costs.py), plain
 decoding beside them, and tokens per second are expected tokens over seconds.
 
-**Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1. **Speed-up**
-is over plain decoding at the same batch size. Both speak of the decode rounds alone. **best** is the fastest tree that
-drafts, be it faster than plain decoding or not.
+**Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1.
+**Evenness** is what a batch's slowest row leaves of them (``evenness`` below): rows that are done wait for the others.
+**Speed-up** is over plain decoding at the same batch size, of the decode rounds alone. **best** is the fastest, plain
+decoding ("off") among them.
 
 Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree="dispatch")`` begins with
 (jeagle/tree_table.py); it is a cost table, too, for ``Dispatch(candidates=[...], costs="trees.json")``.
@@ -34,14 +35,27 @@ from jeagle.decode import Program
 from jeagle.dispatch import Dispatch
 from jeagle.sampling import Filters
 from jeagle.tree import OFF, StaticTree, tree_name
-from jeagle.tree_search import best_trees, comb, fastest
+from jeagle.tree_search import best_trees, comb
 
 
-def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Acceptance:
-    """What the target took, over all answers."""
+def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[Acceptance, np.ndarray]:
+    """What the target took, over all answers, and the tokens per call of each."""
     assert llm.dispatcher is not None
-    llm.generate(prompts, params)
-    return llm.dispatcher.acceptance[params.temperature > 0]
+    outputs = llm.generate(prompts, params)
+    calls_R = np.array([output.metrics.tokens_per_call for output in outputs])
+    return llm.dispatcher.acceptance[params.temperature > 0], calls_R
+
+
+def evenness(calls_R: np.ndarray, tokens: float, batch: int, draws: int = 1000) -> float:
+    """Rounds of a batch's mean row over those of its slowest, all rows as long, for a tree of so many expected tokens.
+
+    calls_R: tokens per call of single answers under the wide tree; what lies above 1 is taken to shrink with the tree
+    alike in all. Batches are drawn from them at random.
+    """
+    gain_R = calls_R - 1
+    rounds_R = 1 / (1 + gain_R * (tokens - 1) / max(float(gain_R.mean()), 1e-9))
+    drawn_DB = np.random.default_rng(0).choice(rounds_R, (draws, batch))
+    return float((drawn_DB.mean(axis=1) / drawn_DB.max(axis=1)).mean())
 
 
 def always(plan: StaticTree) -> Dispatch:
@@ -50,18 +64,22 @@ def always(plan: StaticTree) -> Dispatch:
     return Dispatch(candidates=[plan], costs=costs, probe_share=0.0, half_life=np.inf)
 
 
-def rows_of(rate_DC: np.ndarray, seconds: dict[StaticTree, float]) -> list[dict[str, Any]]:
+def rows_of(
+    rate_DC: np.ndarray, calls_R: np.ndarray, batch: int, seconds: dict[StaticTree, float]
+) -> list[dict[str, Any]]:
     """A row per tree, the fastest first."""
 
     def row(plan: StaticTree) -> dict[str, Any]:
         tokens = expected_tokens(plan, rate_DC)
+        even = evenness(calls_R, tokens, batch)
         return dict(
             tree=tree_name(plan),
             nodes=plan.num_nodes,
             depth=plan.max_depth,
             round_ms=seconds[plan] * 1e3,
             expected_tokens=tokens,
-            speedup=tokens * seconds[OFF] / seconds[plan],
+            evenness=even,
+            speedup=tokens * even * seconds[OFF] / seconds[plan],
         )
 
     return sorted(map(row, seconds), key=lambda r: -r["speedup"])
@@ -98,7 +116,7 @@ def main() -> None:
     questions = load_questions(args.prompts, args.limit)
     prompts = [llm.apply_chat_template([{"role": "user", "content": q.turns[0]}]) for q in questions]
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=0)
-    acceptance = counted(llm, prompts, params)
+    acceptance, calls_R = counted(llm, prompts, params)
     rate_DC = acceptance.rate_DC
 
     trees = best_trees(rate_DC, args.nodes, args.depths)
@@ -106,13 +124,9 @@ def main() -> None:
     settings = [Setting(batch, args.capacity, args.temperature > 0) for batch in args.batch]
     costs = CostTable({s: measure_rounds(llm._decoder, program, trees, s) for s in settings})
     console = Console()
-    best = {}
-    for setting in settings:
-        seconds = costs.seconds(setting)
-        rows = rows_of(rate_DC, seconds)
-        print_rows(console, setting.batch, rows)
-        best[setting.batch] = tree_name(fastest(rate_DC, {plan: s for plan, s in seconds.items() if plan != OFF}))
-        console.print(f"of those that draft: {best[setting.batch]}; of all: {rows[0]['tree']}")
+    found = {s.batch: rows_of(rate_DC, calls_R, s.batch, costs.seconds(s)) for s in settings}
+    for batch, rows in found.items():
+        print_rows(console, batch, rows)
     if args.out:
         result = dict(
             **here,
@@ -124,8 +138,9 @@ def main() -> None:
             temperature=args.temperature,
             rate=rate_DC.tolist(),
             tried=acceptance.tried_DC.tolist(),
-            best=best,
-            trees={s.batch: rows_of(rate_DC, costs.seconds(s)) for s in settings},
+            tokens_per_call=calls_R.tolist(),
+            best={batch: rows[0]["tree"] for batch, rows in found.items()},
+            trees=found,
             rounds=costs.rows(),
         )
         write_result(args.out, result)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jeagle.acceptance import expected_tokens
 from jeagle.tree import OFF, StaticTree
-from jeagle.tree_search import best_tree, best_trees, comb, fastest
+from jeagle.tree_search import best_tree, best_trees, comb
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import search_tree
 
 
 def random_rates(rng: np.random.Generator, depths: int, branch: int) -> np.ndarray:
@@ -76,7 +82,12 @@ def test_a_comb_has_every_rank_at_every_depth() -> None:
     assert comb(2, 2) == StaticTree(((0,), (1,), (0, 0), (0, 1)))
 
 
-def test_fastest() -> None:
-    rates, chain = np.array([[0.5], [0.5]]), StaticTree.chain(2)
-    assert fastest(rates, {OFF: 1.0, chain: 1.7}) == chain
-    assert fastest(rates, {OFF: 1.0, chain: 1.8}) == OFF
+def test_evenness() -> None:
+    """What a batch's slowest row leaves."""
+    assert search_tree.evenness(np.array([2.0, 2.0]), 2.0, batch=8) == 1
+    assert search_tree.evenness(np.array([1.0, 3.0]), 2.0, batch=1) == 1
+    # One in two rows gains nothing: a large batch waits for those, whose rounds are three times the others'.
+    assert search_tree.evenness(np.array([1.0, 3.0]), 2.0, batch=400) == pytest.approx(2 / 3, abs=0.01)
+    small, large = (search_tree.evenness(np.array([1.2, 1.5, 2.0]), 1.5, batch) for batch in (2, 16))
+    assert 1 > small > large > 0
+    assert search_tree.evenness(np.ones(3), 1.0, batch=4) == 1  # a head that is never right
