@@ -199,8 +199,8 @@ class LLM:
         self._plans = {1: plan}
 
     def plan_for(self, batch: int) -> TreePlan:
-        """The tree of the nearest batch size."""
-        return self._plans[min(self._plans, key=lambda size: abs(math.log(size / batch)))]
+        """The tree of the nearest batch size, of two as near the larger: what pays there pays with fewer rows."""
+        return self._plans[min(self._plans, key=lambda size: (abs(math.log(size / batch)), -size))]
 
     @property
     def checkpoint(self) -> Path | None:
