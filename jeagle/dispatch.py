@@ -224,11 +224,13 @@ class Dispatcher:
             return
         tokens, rounds = num_output_B[served], num_rounds_B[served]
         with self._lock:
-            known = self._evenness.get(setting, 1.0)
-            found = (rounds.mean() / rounds.max()) / (tokens.mean() / tokens.max()) if drafted else 1.0
-            weight = FORGET if not drafted else drafted * (NEWEST if setting in self._evenness else 1.0)
-            if drafted or setting in self._evenness:
-                self._evenness[setting] = float((1 - weight) * known + weight * found)
+            known = self._evenness.get(setting)
+            if drafted:
+                found = (rounds.mean() / rounds.max()) / (tokens.mean() / tokens.max())
+                weight = drafted * (1.0 if known is None else NEWEST)
+            else:
+                found, weight = 1.0, FORGET
+            self._evenness[setting] = float((1 - weight) * (1.0 if known is None else known) + weight * found)
 
     def _seat(self, setting: Setting) -> Seat:
         """The seat, given to the best tree if that is worth a switch."""
