@@ -227,10 +227,10 @@ class Dispatcher:
             known = self._evenness.get(setting)
             if drafted:
                 found = (rounds.mean() / rounds.max()) / (tokens.mean() / tokens.max())
-                weight = drafted * (1.0 if known is None else NEWEST)
-            else:
-                found, weight = 1.0, FORGET
-            self._evenness[setting] = float((1 - weight) * (1.0 if known is None else known) + weight * found)
+                known, weight = (1.0, drafted) if known is None else (known, NEWEST * drafted)
+                self._evenness[setting] = float((1 - weight) * known + weight * found)
+            elif known is not None:
+                self._evenness[setting] = (1 - FORGET) * known + FORGET
 
     def _seat(self, setting: Setting) -> Seat:
         """The seat, given to the best tree if that is worth a switch."""

@@ -201,7 +201,10 @@ def test_a_batch_ends_with_its_slowest_row() -> None:
         d.ended(MANY, np.array([8, 64]), np.array([8, 64]), 0.0)
         plain += 1
     assert 20 < plain < 60 and ONE not in d._evenness
-    d = dispatcher()  # rows that would have ended apart anyway
+    d = dispatcher()
+    d.ended(MANY, np.array([64, 64]), np.array([64, 64]), 0.0)  # says nothing of drafting
+    assert MANY not in d._evenness
+    # Rows that would have ended apart anyway.
     d.ended(MANY, np.array([32, 64]), np.array([16, 32]), 1.0)
     assert d._evenness[MANY] == 1
 
