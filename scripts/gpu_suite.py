@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -181,6 +182,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--variant", default="all", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only {args.only!r} is no regular expression: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
         return run_here(args)

@@ -47,7 +47,7 @@ def test_every_part_has_a_table():
     assert re.search(r"one-shot all-reduce +1.500 +0.75", console.export_text())
 
 
-def test_only_some_rows(tmp_path):
+def test_only_some_rows(tmp_path, capsys):
     chosen = rows.Rows(tmp_path / "steps.json", HEADING, deadline=time.monotonic() + 60, only="8B.*plain|draft")
     figures = dict(seconds=1.0)
     assert chosen.measure(lambda: figures, what="copy bandwidth")["seconds"] == 1
@@ -55,6 +55,9 @@ def test_only_some_rows(tmp_path):
     assert chosen.measure(lambda: figures, shape="1B", what="draft step", T=1)["status"] == "measured"
     assert chosen.measure(lambda: 1 / 0, shape="1B", what="plain step", T=1) == {}
     assert [row["what"] for row in read(tmp_path, "steps")["rows"]] == ["copy bandwidth", "plain step", "draft step"]
+    with pytest.raises(SystemExit):
+        suite(tmp_path, "--only", "(")
+    assert "--only '(' is no regular expression" in capsys.readouterr().err
 
 
 def test_suite(tmp_path, capfd, monkeypatch):
