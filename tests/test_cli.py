@@ -125,6 +125,9 @@ def test_two_processes_at_once_and_a_third_that_is_cut_off(checkpoint, environme
     assert compiled() == before
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="begun in the background, where shells ignore Ctrl-C"
+)
 def test_ctrl_c_during_a_real_answer(smollm2_dir, environment):
     environment["JEAGLE_CACHE"] = os.environ["JEAGLE_CACHE"]  # compiling the real model takes a while
     options = ["generate", "Count to one thousand, in words.", "--model", str(smollm2_dir), "--max-tokens", "4000"]
