@@ -30,7 +30,7 @@ from jeagle.prefill import Caches, prefill_chunk
 from jeagle.sampling import RowSampling
 from jeagle.sharding import Layout
 
-__all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair", "state_axes"]
+__all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair", "precision_of", "state_axes"]
 
 
 @dataclass(frozen=True)
