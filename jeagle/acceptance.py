@@ -1,4 +1,5 @@
-"""How often the target takes what the head guesses, by depth in the tree and rank among siblings.
+"""How often the target takes what is drafted: the head's guesses by depth in the tree and rank among siblings, and what
+a text repeats of itself by depth.
 
 Trees of all shapes share these statistics: a child of rank r at depth d is taken to be accepted with probability
 rate[d, r] once its parent is, whoever the parent is. Plain numpy on the host; knows no device and no seconds.
@@ -8,16 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from jeagle.tree import StaticTree
 
-__all__ = ["Acceptance", "expected_tokens"]
+__all__ = ["Acceptance", "Rates", "expected_tokens"]
 
 # Where nothing else is known: how often the first child is accepted, and the share of the rest that each next one gets.
 FIRST, NEXT = 0.6, 0.3
+LOOKUP_SHARE, LOOKUP_RATE = 0.1, 0.6  # the same of lookups: the rounds that make one, and whether a token is accepted
 PRIOR_TRIES = 10  # how many tries the prior counts for
+
+
+@dataclass(frozen=True)
+class Rates:
+    rate_DC: np.ndarray  # how often the child of rank c at depth d + 1 is accepted once its parent is
+    lookup_share: float = LOOKUP_SHARE  # of the rounds, those that look their drafts up where the plan has lookups
+    lookup_rate_D: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by depth; beyond, as the deepest
+
+    def tokens(self, plan: StaticTree) -> float:
+        """Expected tokens per call, the bonus token included. The share of lookups is taken to be the same under all
+        plans that have them; the head's rates are those of the rounds that the head drafted."""
+        drafted = expected_tokens(plan, self.rate_DC)
+        if not plan.lookup:
+            return drafted
+        known_D = self.lookup_rate_D if len(self.lookup_rate_D) else np.array([LOOKUP_RATE])
+        rate_D = np.pad(known_D, (0, max(0, plan.lookup - len(known_D))), mode="edge")[: plan.lookup]
+        return (1 - self.lookup_share) * drafted + self.lookup_share * float(1 + np.cumprod(rate_D).sum())
 
 
 class Acceptance:
@@ -27,27 +47,50 @@ class Acceptance:
       plans: trees whose nodes will be counted.
       half_life: tries of a (depth, rank) after which an earlier one counts half. Only new tries age old ones: what is
         not tried stays what it was.
-      prior_DC: rates found elsewhere.
+      prior: rates found elsewhere.
     """
 
-    def __init__(self, plans: Iterable[StaticTree], *, half_life: float = math.inf, prior_DC: np.ndarray | None = None):
+    def __init__(self, plans: Iterable[StaticTree], *, half_life: float = math.inf, prior: Rates | None = None):
+        plans = list(plans)
         paths = [path for plan in plans for path in plan.paths]
         depth = max(map(len, paths), default=0)
         branch = 1 + max((max(path) for path in paths), default=0)
         self.tried_DC = np.zeros((depth, branch))
         self.kept_DC = np.zeros((depth, branch))
+        # Row 0 of lookups is whether a round makes one, the next ones are its depths.
+        self.looked_tried_D = np.zeros(1 + max((plan.lookup for plan in plans), default=0))
+        self.looked_kept_D = np.zeros_like(self.looked_tried_D)
         self._half_life = half_life
-        self._prior_DC = np.zeros((0, 0)) if prior_DC is None else prior_DC
+        self._prior = Rates(np.zeros((0, 0))) if prior is None else prior
 
-    def add(self, plan: StaticTree, tried_N: np.ndarray, kept_N: np.ndarray) -> None:
-        """What rounds of ``plan`` counted per node, the root first, as ``DecodeState`` does."""
+    def add(
+        self, plan: StaticTree, tried_N: np.ndarray, kept_N: np.ndarray, looked_P: np.ndarray | None = None
+    ) -> None:
+        """What rounds of ``plan`` counted per node of the head's, the root first, and of lookups by how many tokens
+        were kept, as ``DecodeState`` does."""
         tried_DC, kept_DC = np.zeros_like(self.tried_DC), np.zeros_like(self.kept_DC)
         for path, tried, kept in zip(plan.paths, tried_N[1:], kept_N[1:], strict=True):
             tried_DC[len(path) - 1, path[-1]] += tried
             kept_DC[len(path) - 1, path[-1]] += kept
-        worth_DC = 0.5 ** (tried_DC / self._half_life)
-        self.tried_DC = self.tried_DC * worth_DC + tried_DC
-        self.kept_DC = self.kept_DC * worth_DC + kept_DC
+        self._count(self.tried_DC, self.kept_DC, tried_DC, kept_DC)
+        if plan.lookup and looked_P is not None:
+            kept_D = np.cumsum(looked_P[::-1])[::-1][: plan.lookup + 1]  # rounds that kept 0 or more, 1 or more, ..
+            tried_D, more = np.array([kept_N[0], *kept_D[:-1]]), len(self.looked_kept_D) - len(kept_D)
+            new = (np.pad(x, (0, more)) for x in (tried_D, kept_D))
+            self._count(self.looked_tried_D, self.looked_kept_D, *new)
+
+    def _count(self, tried: np.ndarray, kept: np.ndarray, new_tried: np.ndarray, new_kept: np.ndarray) -> None:
+        worth = 0.5 ** (new_tried / self._half_life)
+        tried[...], kept[...] = tried * worth + new_tried, kept * worth + new_kept
+
+    @property
+    def rates(self) -> Rates:
+        prior = self._prior
+        known_D = prior.lookup_rate_D if len(prior.lookup_rate_D) else np.array([LOOKUP_RATE])
+        prior_D = np.pad(known_D, (0, len(self.looked_tried_D)), mode="edge")[: len(self.looked_tried_D) - 1]
+        prior_D = np.concatenate([[prior.lookup_share], prior_D])
+        rate_D = (self.looked_kept_D + PRIOR_TRIES * prior_D) / (self.looked_tried_D + PRIOR_TRIES)
+        return Rates(self.rate_DC, float(rate_D[0]), rate_D[1:])
 
     @property
     def rate_DC(self) -> np.ndarray:
@@ -57,8 +100,9 @@ class Acceptance:
         rate_DC = np.zeros(self.tried_DC.shape)
         for depth, rank in np.ndindex(rate_DC.shape):
             left = 1 - float(rate_DC[depth, :rank].sum())
-            if depth < self._prior_DC.shape[0] and rank < self._prior_DC.shape[1]:
-                prior = float(self._prior_DC[depth, rank])
+            prior_DC = self._prior.rate_DC
+            if depth < prior_DC.shape[0] and rank < prior_DC.shape[1]:
+                prior = float(prior_DC[depth, rank])
             else:
                 prior = float(rate_DC[depth - 1, rank]) if depth else left * (NEXT if rank else FIRST)
             tried, kept = self.tried_DC[depth, rank] + PRIOR_TRIES, self.kept_DC[depth, rank] + PRIOR_TRIES * prior
@@ -67,7 +111,8 @@ class Acceptance:
 
 
 def expected_tokens(plan: StaticTree, rate_DC: np.ndarray) -> float:
-    """Tokens per call, the bonus token included: 1 + the sum over nodes of the rates along their paths.
+    """Tokens per call of a round that the head drafted, the bonus token included: 1 + the sum over nodes of the rates
+    along their paths.
 
     Example: rates [[0.8, 0.1], [0.5, 0.2]] and paths (0,), (1,), (0, 1): 1 + 0.8 + 0.1 + 0.8 * 0.2 = 2.06.
     """

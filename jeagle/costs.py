@@ -98,7 +98,8 @@ def monotone(sizes_nk: np.ndarray, value_n: np.ndarray) -> np.ndarray:
 
 
 def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTree], setting: Setting) -> dict:
-    """Seconds of a round of ``program`` under each plan: the median over launches, the plans in turn.
+    """Seconds of a round of ``program`` under each plan: the median over launches, the plans in turn. Nothing is looked
+    up, so that the head drafts in every round of a plan that has one.
 
     The programs are those that serve. Rows hold random tokens, and zeros for a context of half the capacity: what a
     round costs does not depend on what it says (of routed experts, random tokens ask for more than a text would).
@@ -115,6 +116,7 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
         np.full(B, np.iinfo(np.int32).max // 2, np.int32),
     )
     state = decoder.first_state(decoder.empty_caches(B, off, setting.capacity), batch, off, setting.capacity)
+    state = dataclasses.replace(state, lookup_B=decoder.put(np.zeros(B, bool)))
     spent: dict[StaticTree, list[float]] = {p.plan: [] for p in programs if isinstance(p.plan, StaticTree)}
     for launch in range(LAUNCHES + 1):
         for each in programs:

@@ -43,6 +43,7 @@ class Course:
         self._held = 0  # and how many of them it has had
         self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name
         self.acceptance_BP = np.zeros((bucket.batch, 1), int)  # as in ``DecodeState``, over all trees
+        self.looked_BP = np.zeros((bucket.batch, 1), int)  # likewise
         if dispatcher is not None:
             dispatcher.prepare(decoder, program, self._setting)
 
@@ -59,7 +60,10 @@ class Course:
         if self._dispatcher is not None:
             return "dispatch"
         plan = self._program.plan
-        return f"{plan.num_nodes} nodes, depth {plan.max_depth}" if self._program.drafts else "off"
+        if plan == OFF:
+            return "off"
+        looked = ", lookup" if self._program.looks_up else ""
+        return f"{plan.num_nodes} nodes, depth {plan.max_depth}{looked}"
 
     @property
     def profile(self) -> tuple[float, ...] | None:
@@ -80,17 +84,9 @@ class Course:
         rounds = most_rounds if self._most is None else min(most_rounds, self._most - self._held)
         self._held += rounds
         state = self._state = self._decoder.launch(self.state, self._program, rounds)
-        *look, acceptance_BP, tried_BN, kept_BN = fetch(
-            (
-                state.finish_B,
-                state.num_output_B,
-                state.num_rounds_B,
-                state.acceptance_BP,
-                state.tried_BN,
-                state.kept_BN,
-            )
-        )
-        self._count(acceptance_BP, tried_BN, kept_BN)
+        look = state.finish_B, state.num_output_B, state.num_rounds_B
+        look, counts = fetch((look, (state.acceptance_BP, state.looked_BP, state.tried_BN, state.kept_BN)))
+        self._count(*counts)
         seen = Look(*look)
         if self._dispatcher is not None and (seen.finish_B > 0).all():
             by_tree = {name: int(rounds_B.sum()) for name, rounds_B in self.rounds_by_tree.items()}
@@ -118,14 +114,21 @@ class Course:
         """Add what the last launch did: the state's counts run on until a switch."""
         before = self._counted or tuple(map(np.zeros_like, counts))
         self._counted = counts
-        acceptance_BP, tried_BN, kept_BN = (now - then for now, then in zip(counts, before, strict=True))
+        acceptance_BP, looked_BP, tried_BN, kept_BN = (now - then for now, then in zip(counts, before, strict=True))
         rounds_B = kept_BN[:, 0]
         if not rounds_B.any():
             return
         plan, name = self._program.plan, tree_name(self._program.plan)
         self.rounds_by_tree[name] = self.rounds_by_tree.get(name, 0) + rounds_B
-        more = max(0, acceptance_BP.shape[1] - self.acceptance_BP.shape[1])
-        self.acceptance_BP = np.pad(self.acceptance_BP, ((0, 0), (0, more)))
-        self.acceptance_BP[:, : acceptance_BP.shape[1]] += acceptance_BP
+        self.acceptance_BP = _added(self.acceptance_BP, acceptance_BP)
+        self.looked_BP = _added(self.looked_BP, looked_BP)
         if self._dispatcher is not None and isinstance(plan, StaticTree):
-            self._dispatcher.learn(self._setting, plan, int(rounds_B.max()), tried_BN.sum(0), kept_BN.sum(0))
+            of_all_rows = (x.sum(0) for x in (tried_BN, kept_BN, looked_BP))
+            self._dispatcher.learn(self._setting, plan, int(rounds_B.max()), *of_all_rows)
+
+
+def _added(histogram_BP: np.ndarray, more_BP: np.ndarray) -> np.ndarray:
+    """Both histograms in one, as wide as the wider."""
+    width = max(histogram_BP.shape[1], more_BP.shape[1])
+    old_BP, new_BP = (np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (histogram_BP, more_BP))
+    return old_BP + new_BP

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jeagle import sampling
+from jeagle import draft, lookup, sampling
 from jeagle.cache import KVCache, Prefix, after, commit
-from jeagle.draft import DraftState, propose
+from jeagle.draft import DraftState
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, choose
@@ -45,12 +46,18 @@ class Program:
 
     @property
     def drafts(self) -> bool:
-        return self.plan.num_nodes > 1
+        """Whether the head takes part."""
+        return bool(self.plan.levels)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether rows may draft from their own text. Forced drafts are the head's."""
+        return self.plan.lookup > 0 and self.profile is None
 
     @property
     def num_counted(self) -> int:
-        """N: nodes that have the same place in every round's tree: all of a static tree, the root of a dynamic one."""
-        return self.plan.num_nodes if isinstance(self.plan, StaticTree) else 1
+        """N: nodes that have the same place in all the head's trees: all of a static one, the root of a dynamic one."""
+        return len(self.plan.paths) + 1 if isinstance(self.plan, StaticTree) else 1
 
 
 @jax.tree_util.register_dataclass
@@ -76,14 +83,17 @@ class DecodeState:
     sampling: RowSampling
     stop_id_BI: jax.Array  # int32: ids that end a row, padded with -1
     max_tokens_B: jax.Array  # int32
-    output_BO: jax.Array  # int32: emitted tokens
-    num_output_B: jax.Array  # int32: how many of them
+    text_BS: jax.Array  # int32: the prompt and all emitted tokens, each at its position; the last is the root
+    num_output_B: jax.Array  # int32: how many have been emitted
     logprobs: Logprobs | None
     finish_B: jax.Array  # int32: index into FINISH_REASONS; 0 while running
     num_rounds_B: jax.Array  # int32: target forwards this row took part in
     acceptance_BP: jax.Array  # int32: how many rounds kept 0, 1, .. P-1 draft tokens
+    looked_BP: jax.Array  # int32: of them, how many rounds that looked their drafts up
+    # Of rounds that the head drafted; for the root of all.
     tried_BN: jax.Array  # int32: per node, rounds in which it was valid and its parent on the accepted path
     kept_BN: jax.Array  # int32: per node, rounds in which it lay on that path itself, cut by a stop token or not
+    lookup_B: jax.Array  # bool: rows that may look drafts up; measurements of the head's rounds forbid it
 
     @property
     def prefix(self) -> Prefix:
@@ -97,11 +107,15 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     room_B = target.room_B(state.length_B)
     if room_B is not None:
         remaining_B = jnp.minimum(remaining_B, room_B)
+    tree, looked_B = Tree.root_only(state.root_B).padded(program.plan.num_nodes), jnp.zeros_like(running_B)
+    given = None
+    if program.looks_up:
+        asked_B = state.lookup_B & running_B
+        tree, looked_B = lookup.propose(state.text_BS, state.length_B, remaining_B, asked_B, plan=program.plan)
+        given = tree, looked_B | ~running_B
     pending_kv = None
-    if state.draft is None or head is None or not program.drafts:
-        tree = Tree.root_only(state.root_B)
-    else:
-        tree, pending_kv = propose(
+    if state.draft is not None and head is not None and program.drafts:
+        tree, pending_kv = draft.propose(
             head,
             target,
             state.draft,
@@ -111,6 +125,7 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
             state.sampling,
             plan=program.plan,
             filters=program.filters,
+            given=given,
             attention=program.attention,
         )
 
@@ -148,20 +163,20 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
 
     # commit: of the target's cache the path, of the head's the pending rows.
     cache = commit(state.cache, forward.new_kv, prefix, num_emitted_B, path_BP)
-    draft = state.draft
-    if draft is not None and pending_kv is not None:
-        kept_B = jnp.where(running_B, draft.count_B, 0)
-        draft = dataclasses.replace(
-            draft,
-            cache=commit(draft.cache, after(pending_kv, num_emitted_B), draft.committed(prefix), kept_B),
+    drafted = state.draft
+    if drafted is not None and pending_kv is not None:
+        kept_B = jnp.where(running_B, drafted.count_B, 0)
+        drafted = dataclasses.replace(
+            drafted,
+            cache=commit(drafted.cache, after(pending_kv, num_emitted_B), drafted.committed(prefix), kept_B),
             feature_BPX=jnp.take_along_axis(forward.feature_BTX, path_BP[:, :, None], axis=1),
             token_BP=emitted_BP,
             count_B=num_emitted_B,
         )
 
-    def put(output: jax.Array, new: jax.Array) -> jax.Array:
-        """Append the emitted part of ``new`` [B, P, ...] to ``output`` [B, O, ...]."""
-        slot_BP = jnp.where(index_P < num_emitted_B[:, None], state.num_output_B[:, None] + index_P, output.shape[1])
+    def put(output: jax.Array, new: jax.Array, first_B: jax.Array) -> jax.Array:
+        """The emitted part of ``new`` [B, P, ...] into the slots from ``first`` on of ``output`` [B, O, ...]."""
+        slot_BP = jnp.where(index_P < num_emitted_B[:, None], first_B[:, None] + index_P, output.shape[1])
 
         def of_shard(output: jax.Array, new: jax.Array, slot_BP: jax.Array) -> jax.Array:
             return output.at[jnp.arange(len(output))[:, None], slot_BP].set(new.astype(output.dtype), mode="drop")
@@ -173,7 +188,7 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     if logprobs is not None:
         path_logits_BPV = jnp.take_along_axis(logits_BTV, path_BP[:, :, None], axis=1)
         found = sampling.logprobs(path_logits_BPV, emitted_BP, program.num_logprobs or 0)
-        logprobs = jax.tree.map(put, logprobs, Logprobs(*found))
+        logprobs = jax.tree.map(partial(put, first_B=state.num_output_B), logprobs, Logprobs(*found))
 
     last_B = jnp.maximum(num_emitted_B - 1, 0)[:, None]
     histogram_BP = (index_P == num_emitted_B[:, None] - 1).astype(jnp.int32)
@@ -181,19 +196,22 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     N = program.num_counted
     on_path_BPN = (path_BP[:, :, None] == jnp.arange(N)) & (index_P <= num_accepted_B[:, None])[:, :, None]
     kept_BN = jnp.any(on_path_BPN, axis=1) & running_B[:, None]
-    tried_BN = jnp.take_along_axis(kept_BN, tree.parent_BT[:, :N], axis=1) & tree.valid_BT[:, :N]
+    drafted_BN = (jnp.arange(N) == 0) | ~looked_B[:, None]
+    kept_BN &= drafted_BN
+    tried_BN = jnp.take_along_axis(kept_BN, tree.parent_BT[:, :N], axis=1) & tree.valid_BT[:, :N] & drafted_BN
     return dataclasses.replace(
         state,
         cache=cache,
-        draft=draft,
+        draft=drafted,
         length_B=state.length_B + num_emitted_B,
         root_B=jnp.where(running_B, jnp.take_along_axis(emitted_BP, last_B, axis=1)[:, 0], state.root_B),
-        output_BO=put(state.output_BO, emitted_BP),
+        text_BS=put(state.text_BS, emitted_BP, state.length_B + 1),
         num_output_B=num_output_B,
         logprobs=logprobs,
         finish_B=finish_B,
         num_rounds_B=state.num_rounds_B + running_B,
         acceptance_BP=state.acceptance_BP + histogram_BP,
+        looked_BP=state.looked_BP + jnp.where(looked_B[:, None], histogram_BP, 0),
         tried_BN=state.tried_BN + tried_BN,
         kept_BN=state.kept_BN + kept_BN,
     )

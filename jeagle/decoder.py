@@ -121,6 +121,9 @@ class Decoder:
         B, P = len(batch.max_tokens_B), program.num_path
         prompt_B = batch.num_prompt_B
         root_B = np.array([p[-1] for p in batch.prompts] + [0] * (B - len(batch.prompts)), np.int32)
+        text_BS = np.zeros((B, capacity + 1), np.int32)  # the last emitted token stands one position after the cache's
+        for text, prompt in zip(text_BS, batch.prompts):
+            text[: len(prompt)] = prompt
         draft = None
         if caches.head is not None and caches.feature_BX is not None:
             token_BP = np.zeros((B, P), np.int32)
@@ -149,14 +152,16 @@ class Decoder:
             sampling=jax.tree.map(self.put, batch.sampling),
             stop_id_BI=self.put(batch.stop_id_BI),
             max_tokens_B=self.put(batch.max_tokens_B),
-            output_BO=zeros(capacity),
+            text_BS=self.put(text_BS),
             num_output_B=zeros(),
             logprobs=logprobs,
             finish_B=self.put((batch.max_tokens_B <= 0).astype(np.int32) * FINISH_REASONS.index("length")),
             num_rounds_B=zeros(),
             acceptance_BP=zeros(P),
+            looked_BP=zeros(P),
             tried_BN=zeros(program.num_counted),
             kept_BN=zeros(program.num_counted),
+            lookup_B=self.put(np.ones(B, bool)),
         )
 
     def switch(self, state: DecodeState, old: Program, new: Program) -> DecodeState:
@@ -181,8 +186,12 @@ class Decoder:
         elif new.drafts and draft is None:
             draft = self._fresh_draft(state, new)
         B, P, N = len(state.finish_B), new.num_path, new.num_counted
-        acceptance_BP, tried_BN, kept_BN = (self.put(np.zeros((B, width), np.int32)) for width in (P, N, N))
-        return dataclasses.replace(state, draft=draft, acceptance_BP=acceptance_BP, tried_BN=tried_BN, kept_BN=kept_BN)
+        acceptance_BP, looked_BP, tried_BN, kept_BN = (
+            self.put(np.zeros((B, width), np.int32)) for width in (P, P, N, N)
+        )
+        return dataclasses.replace(
+            state, draft=draft, acceptance_BP=acceptance_BP, looked_BP=looked_BP, tried_BN=tried_BN, kept_BN=kept_BN
+        )
 
     def _fresh_draft(self, state: DecodeState, program: Program) -> DraftState:
         """Of a head that has seen nothing: no pending position, an empty cache."""

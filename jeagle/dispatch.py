@@ -2,6 +2,9 @@
 
     value of a tree  =  expected tokens per call (``acceptance.py``) / seconds per round (``costs.py``) * evenness
 
+Where all rows of a round look their drafts up, the head does not draft, and the round takes as long as that of lookups
+alone (``seconds_with_lookups``).
+
 A batch ends with its slowest row. Drafts are kept more often in some rows than in others, so a batch that drafts runs
 on for a few rows where a plain one would be done: **evenness** is the share that this leaves (``Dispatcher.ended``).
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +24,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jeagle.acceptance import Acceptance, expected_tokens
+from jeagle.acceptance import Acceptance
 from jeagle.costs import (
     CostTable,
     Setting,
@@ -37,11 +40,11 @@ from jeagle.decoder import Decoder
 from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
 from jeagle.tree_table import TreeTable
 
-__all__ = ["CANDIDATES", "Choice", "Dispatch", "Dispatcher"]
+__all__ = ["CANDIDATES", "Choice", "Dispatch", "Dispatcher", "seconds_with_lookups"]
 
 log = logging.getLogger("jeagle")
 
-CANDIDATES = ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8")
+CANDIDATES = tuple(f"{tree}+lookup" for tree in ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8"))
 PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
 NEWEST = 0.3  # weight of the batch that has just ended in what is known of evenness
 FORGET = 0.05  # of it, with every batch that did not draft: text changes
@@ -90,12 +93,12 @@ class Dispatch:
 
     @property
     def plans(self) -> tuple[StaticTree, ...]:
-        """The candidates, each once, plain decoding first."""
+        """The candidates, each once, plain decoding first, then what is left of them without a head."""
         given = self.candidates
         if given is None:
             given = CANDIDATES if self.trees is None else tuple(self.trees.best.values())
-        parsed = [OFF, *map(parse_tree, given)]
-        return tuple(dict.fromkeys(plan for plan in parsed if isinstance(plan, StaticTree)))
+        parsed = [plan for plan in map(parse_tree, given) if isinstance(plan, StaticTree)]
+        return tuple(dict.fromkeys([OFF, *(_alone(plan) for plan in parsed if plan.lookup), *parsed]))
 
 
 class Choice(NamedTuple):
@@ -139,10 +142,9 @@ class Dispatcher:
         self._stored: CostTable | None = None  # the directory's table, once read; process 0 alone has one
         self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
         # Greedy and sampled texts are not guessed equally well.
-        prior_DC = None if dispatch.trees is None else dispatch.trees.rate_DC
+        prior = None if dispatch.trees is None else dispatch.trees.rates
         self.acceptance = {
-            sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior_DC=prior_DC)
-            for sampled in (False, True)
+            sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior=prior) for sampled in (False, True)
         }
         self._evenness: dict[Setting, float] = {}
         self._tries_to_know = KNOWN_TRIES if dispatch.trees is None else 0
@@ -182,11 +184,9 @@ class Dispatcher:
 
     def values(self, setting: Setting) -> dict[StaticTree, float]:
         """Expected tokens per second of each row under each candidate, over a batch's whole course."""
-        rate_DC, evenness = self.acceptance[setting.sampled].rate_DC, self._evenness.get(setting, 1.0)
-        return {
-            plan: expected_tokens(plan, rate_DC) / s * (1.0 if plan == OFF else evenness)
-            for plan, s in self.seconds(setting).items()
-        }
+        rates, evenness = self.acceptance[setting.sampled].rates, self._evenness.get(setting, 1.0)
+        seconds = seconds_with_lookups(self.seconds(setting), rates.lookup_share**setting.batch)
+        return {plan: rates.tokens(plan) / s * (1.0 if plan == OFF else evenness) for plan, s in seconds.items()}
 
     def choose(self, setting: Setting) -> Choice:
         """The tree of the next launch."""
@@ -200,10 +200,18 @@ class Dispatcher:
             proven = self._served[seat.plan] >= PROBE_ROUNDS or seat.plan == OFF
             return Choice(seat.plan, None if proven else PROBE_ROUNDS)
 
-    def learn(self, setting: Setting, plan: StaticTree, rounds: int, tried_N: np.ndarray, kept_N: np.ndarray) -> None:
-        """What a finished launch of ``rounds`` rounds counted per node, summed over its rows."""
+    def learn(
+        self,
+        setting: Setting,
+        plan: StaticTree,
+        rounds: int,
+        tried_N: np.ndarray,
+        kept_N: np.ndarray,
+        looked_P: np.ndarray | None = None,
+    ) -> None:
+        """What a finished launch of ``rounds`` rounds counted, summed over its rows; as ``Acceptance.add``."""
         with self._lock:
-            self.acceptance[setting.sampled].add(plan, tried_N, kept_N)
+            self.acceptance[setting.sampled].add(plan, tried_N, kept_N, looked_P)
             self._served[plan] += rounds
             seat = self._seats[setting]
             seat.rounds += rounds
@@ -266,7 +274,7 @@ class Dispatcher:
         others = [p for p in self.plans if not _cells(p) <= known and (p.max_depth + 1) / seconds[p] > enough]
         if not others or not self._options.probe_share:
             return None
-        if seat.plan == OFF and self.acceptance[setting.sampled].tried_DC[0, 0] < self._tries_to_know:
+        if not seat.plan.levels and self.acceptance[setting.sampled].tried_DC[0, 0] < self._tries_to_know:
             return max(others, key=lambda p: p.max_depth)
         plan = others[self._turn % len(others)]
         price = PROBE_ROUNDS * max(0.0, seconds[plan] - 1 / enough)  # counting on one token a round
@@ -287,6 +295,19 @@ def _read(path: Path | None) -> CostTable:
     return CostTable()
 
 
+def seconds_with_lookups(seconds: Mapping[StaticTree, float], all_look_up: float) -> dict[StaticTree, float]:
+    """Of a round under each plan, where in a share ``all_look_up`` of the rounds no row asks the head."""
+    return {
+        plan: s - all_look_up * max(0.0, s - seconds.get(_alone(plan), s)) if plan.lookup else s
+        for plan, s in seconds.items()
+    }
+
+
+def _alone(plan: StaticTree) -> StaticTree:
+    """The plan's lookups, without its tree."""
+    return StaticTree((), plan.lookup)
+
+
 def _cells(plan: StaticTree) -> set[tuple[int, int]]:
-    """Depth and rank of every node."""
-    return {(len(path), path[-1]) for path in plan.paths}
+    """Depth and rank of every node, and depth and -1 of what is looked up."""
+    return {(len(path), path[-1]) for path in plan.paths} | {(depth, -1) for depth in range(1, plan.lookup + 1)}

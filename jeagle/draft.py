@@ -238,6 +238,7 @@ def propose(
     *,
     plan: TreePlan,
     filters: Filters,
+    given: tuple[Tree, jax.Array] | None = None,
     attention: str = "auto",
 ) -> tuple[Tree, list[NewKV]]:
     """Guess what follows ``root_B`` (position prefix.length).
@@ -245,6 +246,8 @@ def propose(
     Args:
       prefix: the target's committed positions. The head has committed draft.count fewer: those are pending.
       remaining_B: tokens that this round may emit. A node of depth d yields d + 1, so deeper ones are not valid.
+      given: a tree from elsewhere, of as many nodes, and bool [B], the rows that take it. Where all do, the head only
+        extends.
 
     Returns the tree and the head's (k_BPKH, v_BPKH) per layer of the pending rows, of which count_B are to be
     committed.
@@ -252,19 +255,31 @@ def propose(
     committed = draft.committed(prefix)
     run = partial(head, cache=draft.cache, prefix=committed, target=target, attention=attention)
     frontier = _extend(run, head, draft, committed)
-    pending_kv = frontier.earlier
 
-    candidates: list[Candidates] = []
-    for depth, level in enumerate(plan.levels, start=1):
-        logits_BFW = head.logits(frontier.hidden_BFD, target)
-        token_BFC, gain_BFC = _children(head, logits_BFW, prefix.length_B[:, None] + depth, rows, filters, level.branch)
-        candidates.append(_keep(level, frontier, token_BFC, gain_BFC, depth))
-        if depth < plan.max_depth:
-            made = sum(c.token_Bn.shape[1] for c in candidates[:-1])
-            frontier = _grow(run, level, frontier, candidates[-1], made, prefix.length_B + depth - 1)
+    def grown() -> Tree:
+        """The head's own."""
+        last, candidates = frontier, list[Candidates]()
+        for depth, level in enumerate(plan.levels, start=1):
+            logits_BFW = head.logits(last.hidden_BFD, target)
+            position_B1 = prefix.length_B[:, None] + depth
+            token_BFC, gain_BFC = _children(head, logits_BFW, position_B1, rows, filters, level.branch)
+            candidates.append(_keep(level, last, token_BFC, gain_BFC, depth))
+            if depth < len(plan.levels):
+                made = sum(c.token_Bn.shape[1] for c in candidates[:-1])
+                last = _grow(run, level, last, candidates[-1], made, prefix.length_B + depth - 1)
+        joined = (jnp.concatenate(x, axis=1) for x in zip(*candidates))
+        own = dataclasses.replace(plan, lookup=0)
+        return select(root_B, Candidates(*joined), remaining_B=remaining_B, plan=own).padded(plan.num_nodes)
 
-    joined = (jnp.concatenate(x, axis=1) for x in zip(*candidates))
-    return select(root_B, Candidates(*joined), remaining_B=remaining_B, plan=plan), pending_kv
+    if given is None:
+        return grown(), frontier.earlier
+    tree, taken_B = given
+
+    def mixed() -> Tree:
+        choose = lambda x, y: jnp.where(jnp.expand_dims(taken_B, range(1, x.ndim)), x, y)  # noqa: E731
+        return jax.tree.map(choose, tree, grown())
+
+    return jax.lax.cond(jnp.all(taken_B), lambda: tree, mixed), frontier.earlier
 
 
 def settle(head: EagleHead, target: Llama, draft: DraftState, prefix: Prefix, *, attention: str = "auto") -> DraftState:

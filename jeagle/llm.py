@@ -32,11 +32,11 @@ from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
 from jeagle.placement import place
 from jeagle.requests import FULL_FORWARD, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
-from jeagle.results import Finished, collect, request_output, stop_at_strings
+from jeagle.results import Finished, collect, emitted, request_output, stop_at_strings
 from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
-from jeagle.tree import OFF, TreePlan, parse_tree
+from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree
 from jeagle.tree_table import TreeTable
 from jeagle.verify import check_profile
 
@@ -60,7 +60,9 @@ class LLM:
       tree: "auto" (at each batch size the tree searched for the head on such a device, where it has a ``trees.json``;
         else a chain of 3, the paper's choice at every batch size but the smallest, of 1 on a CPU), a name ("chain-5",
         "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or "dispatch", which
-        measures several and uses the fastest; ``Dispatch`` says which and how.
+        measures several and uses the fastest; ``Dispatch`` says which and how. "+lookup" after a name: rows whose text
+        repeats itself are drafted from it (``jeagle/lookup.py``), as with "auto"; "lookup-4" does that alone, for which
+        no head is needed.
       dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
         checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
@@ -176,7 +178,9 @@ class LLM:
                 raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
             limit = max_model_len
         self.max_model_len = limit
-        self._plans = plans if head is not None else {1: OFF}  # by batch size
+        if head is None:  # what needs none of a tree that was asked for
+            plans = {1: OFF if auto or dispatch is not None else StaticTree((), plan.lookup)}
+        self._plans = plans  # by batch size
         self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
@@ -309,9 +313,9 @@ class LLM:
             with explained():
                 look = course.advance(1)
                 # Read whole and cut here: slices of device arrays would be compiled, one program per length.
-                output_BO = fetch(course.state.output_BO)
+                text_BS = fetch(course.state.text_BS)
             count, finished = int(look.num_output_B[0]), bool(look.finish_B[0])
-            piece = text.push(output_BO[0, sent:count].tolist())
+            piece = text.push(emitted(text_BS[0], row, count, sent))
             sent = count
             finished = finished or text.stop_reason is not None
             if finished:
@@ -359,7 +363,7 @@ class LLM:
         finished_before = 0
         while True:
             finish_B, count_B, rounds_B = course.advance(rounds)
-            if any(texts) and stop_at_strings(fetch(course.state.output_BO), texts, finish_B, count_B):
+            if any(texts) and stop_at_strings(fetch(course.state.text_BS), rows, texts, finish_B, count_B):
                 course.end(finish_B)
             finished = int((finish_B[: len(rows)] > 0).sum())
             bar.update(finished - finished_before)
@@ -385,7 +389,7 @@ def _fits(target: Llama, chunk: int) -> bool:
 
 def _auto_tree() -> str:
     """Of a head that brings no trees of its own."""
-    return "chain-1" if jax.default_backend() == "cpu" else "chain-3"
+    return "chain-1+lookup" if jax.default_backend() == "cpu" else "chain-3+lookup"
 
 
 def _keep_compiled_programs(directory: Path) -> None:

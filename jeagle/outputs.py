@@ -34,6 +34,7 @@ class RequestMetrics:
     acceptance_histogram: list[int]  # how many rounds kept 0, 1, 2, ... draft tokens
     prefill_seconds: float
     decode_seconds: float
+    lookup_histogram: list[int] = field(default_factory=list)  # the same of the rounds that looked their drafts up
     tree: str = "off"
     rounds_by_tree: dict[str, int] = field(default_factory=dict)  # num_rounds by the tree that served them
     # The profile that acceptance was forced to (LLM's argument), else None. If set, the text is not the target's.

@@ -15,7 +15,7 @@ from jeagle.requests import Row
 from jeagle.sharding import fetch
 from jeagle.text import Detokenizer, Tokenizer
 
-__all__ = ["Finished", "collect", "request_output", "stop_at_strings", "summed"]
+__all__ = ["Finished", "collect", "emitted", "request_output", "stop_at_strings", "summed"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Finished:
     num_rounds: int
     num_emitted: int
     acceptance_P: np.ndarray
+    looked_P: np.ndarray
     seconds: tuple[float, float]
     tree: str
     synthetic_acceptance: tuple[float, ...] | None
@@ -41,13 +42,13 @@ def collect(
     rows: list[Row], course: Course, texts: list[Detokenizer | None], seconds: tuple[float, float]
 ) -> list[Finished]:
     state = course.state
-    output_BO, count_B, finish_B, rounds_B = fetch(
-        (state.output_BO, state.num_output_B, state.finish_B, state.num_rounds_B)
+    text_BS, count_B, finish_B, rounds_B = fetch(
+        (state.text_BS, state.num_output_B, state.finish_B, state.num_rounds_B)
     )
     logprobs = fetch(state.logprobs)
     results = []
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        token_ids = output_BO[i, : count_B[i]].tolist()
+        token_ids = emitted(text_BS[i], row, count_B[i])
         reason = FINISH_REASONS[finish_B[i]]
         stop_reason: int | str | None = None
         if text is not None and text.stop_reason is not None:
@@ -75,6 +76,7 @@ def collect(
                 num_rounds=int(rounds_B[i]),
                 num_emitted=int(count_B[i]),
                 acceptance_P=course.acceptance_BP[i],
+                looked_P=course.looked_BP[i],
                 seconds=seconds,
                 synthetic_acceptance=course.profile,
                 tree=course.tree,
@@ -84,15 +86,25 @@ def collect(
     return results
 
 
+def emitted(text_S: np.ndarray, row: Row, count: int, since: int = 0) -> list[int]:
+    """Of ``count`` tokens that a row has emitted those from ``since`` on."""
+    first = len(row.prompt)
+    return text_S[first + since : first + count].tolist()
+
+
 def stop_at_strings(
-    output_BO: np.ndarray, texts: list[Detokenizer | None], finish_B: np.ndarray, count_B: np.ndarray
+    text_BS: np.ndarray,
+    rows: list[Row],
+    texts: list[Detokenizer | None],
+    finish_B: np.ndarray,
+    count_B: np.ndarray,
 ) -> bool:
     """Feed new tokens to the detokenizers; in ``finish_B`` end the rows whose stop string has appeared. Any?"""
     ended = False
-    for i, text in enumerate(texts):
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         if text is None or text.stop_reason is not None:
             continue
-        text.push(output_BO[i, len(text.token_ids) : count_B[i]].tolist())
+        text.push(emitted(text_BS[i], row, count_B[i], len(text.token_ids)))
         if text.stop_reason is not None and finish_B[i] == 0:
             finish_B[i] = FINISH_REASONS.index("stop")
             ended = True
@@ -133,6 +145,7 @@ def request_output(
         num_rounds=sum(f.num_rounds for f in finished),
         num_emitted=sum(f.num_emitted for f in finished),
         acceptance_histogram=summed([f.acceptance_P for f in finished]),
+        lookup_histogram=summed([f.looked_P for f in finished]),
         prefill_seconds=max(f.seconds[0] for f in finished),
         decode_seconds=max(f.seconds[1] for f in finished),
         tree=finished[0].tree,

@@ -1,11 +1,12 @@
 """Draft trees: what the verifier sees (``Tree``) and the static plans that grow one (``TreePlan``).
 
-The tree is data. Chains, static trees from path lists and EAGLE-2 dynamic trees all end as the same ``Tree``, and
-verification cannot tell them apart; only the number of nodes is part of the compiled program.
+The tree is data. Chains, static trees from path lists, EAGLE-2 dynamic trees and what a text repeats of itself all end
+as the same ``Tree``, and verification cannot tell them apart; only the number of nodes is part of the compiled program.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "ancestor_mask",
     "parse_tree",
     "tree_name",
+    "with_lookup",
 ]
 
 
@@ -46,6 +48,30 @@ class Tree:
         yes = jnp.ones_like(zeros, dtype=bool)
         return cls(root_B[:, None], zeros, zeros, yes[:, None], yes)
 
+    @classmethod
+    def chain(cls, token_BT: jax.Array, valid_BT: jax.Array) -> Tree:
+        """Every node the child of the one before it."""
+        B, T = token_BT.shape
+        node_T = jnp.arange(T, dtype=jnp.int32)
+        parent_BT, depth_BT = (jnp.broadcast_to(x, (B, T)) for x in (jnp.maximum(node_T - 1, 0), node_T))
+        mask_BTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+        return cls(token_BT, parent_BT, depth_BT, mask_BTT, valid_BT)
+
+    def padded(self, num_nodes: int) -> Tree:
+        """With children of the root that are not valid, up to ``num_nodes``."""
+        more = num_nodes - self.token_BT.shape[1]
+        if not more:
+            return self
+        B, T = self.token_BT.shape
+        token_BT, parent_BT, valid_BT = (
+            jnp.pad(x, ((0, 0), (0, more))) for x in (self.token_BT, self.parent_BT, self.valid_BT)
+        )
+        depth_BT = jnp.pad(self.depth_BT, ((0, 0), (0, more)), constant_values=1)
+        new_uT = jnp.eye(T + more, dtype=bool)[T:].at[:, 0].set(True)
+        mask_BTT = jnp.pad(self.mask_BTT, ((0, 0), (0, 0), (0, more)))
+        mask_BTT = jnp.concatenate([mask_BTT, jnp.broadcast_to(new_uT, (B, *new_uT.shape))], axis=1)
+        return Tree(token_BT, parent_BT, depth_BT, mask_BTT, valid_BT)
+
 
 def ancestor_mask(parent_BT: jax.Array, max_depth: int) -> jax.Array:
     """bool [B, T, T], True where u is t or one of its ancestors.
@@ -58,6 +84,11 @@ def ancestor_mask(parent_BT: jax.Array, max_depth: int) -> jax.Array:
     for _ in range(max_depth):
         mask = own | jnp.take_along_axis(mask, parent_BT[:, :, None], axis=1)
     return mask
+
+
+def _check_lookup(lookup: int) -> None:
+    if not isinstance(lookup, int) or isinstance(lookup, bool) or lookup < 0:
+        raise ValueError(f"lookup must be a number of tokens, 0 or more, got {lookup!r}")
 
 
 @dataclass(frozen=True)
@@ -81,12 +112,16 @@ class Level:
 class StaticTree:
     """A tree of fixed shape: one path of child ranks per node, as in EAGLE's and Medusa's lists; the root is implicit.
 
+    lookup: where a row's text repeats itself, it gets a chain of so many tokens instead (``lookup.py``); 0 for none.
+
     Example: ((0,), (1,), (0, 0)) is a root with two children, the first of which has one child.
     """
 
     paths: tuple[tuple[int, ...], ...]
+    lookup: int = 0
 
     def __post_init__(self) -> None:
+        _check_lookup(self.lookup)
         paths = tuple(sorted({tuple(p) for p in self.paths}, key=lambda p: (len(p), p)))
         for path in paths:
             if not path or any(not isinstance(r, int) or r < 0 for r in path):
@@ -101,18 +136,19 @@ class StaticTree:
 
     @property
     def num_nodes(self) -> int:
-        return len(self.paths) + 1
+        return max(len(self.paths), self.lookup) + 1
 
     @property
     def max_depth(self) -> int:
-        return max((len(p) for p in self.paths), default=0)
+        return max(self.lookup, len(self.levels))
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
+        """What the head grows, level by level; of a lookup alone, nothing."""
         parents = {path[:-1] for path in self.paths}
         frontier: list[tuple[int, ...]] = [()]
         levels = []
-        for depth in range(1, self.max_depth + 1):
+        for depth in range(1, max(map(len, self.paths), default=0) + 1):
             nodes = [p for p in self.paths if len(p) == depth]
             branch = 1 + max(p[-1] for p in nodes)
             kept = tuple(frontier.index(p[:-1]) * branch + p[-1] for p in nodes)
@@ -125,33 +161,46 @@ class StaticTree:
 @dataclass(frozen=True)
 class DynamicTree:
     """EAGLE-2 (arXiv:2406.16858): expand the ``top_k`` best nodes per level, then keep the ``num_nodes`` - 1 best of
-    all."""
+    all. ``lookup``: as for static trees."""
 
     depth: int
     top_k: int
     total: int
+    lookup: int = 0
 
     def __post_init__(self) -> None:
+        _check_lookup(self.lookup)
         if self.depth < 1 or self.top_k < 1 or self.total < 2:
             raise ValueError(f"a dynamic tree needs depth >= 1, top_k >= 1 and total >= 2 nodes, got {self}")
 
     @property
     def num_nodes(self) -> int:
-        return min(self.total, 1 + sum(len(level.kept) for level in self.levels))
+        return max(min(self.total, 1 + sum(len(level.kept) for level in self.levels)), self.lookup + 1)
 
     @property
     def max_depth(self) -> int:
-        return min(self.depth, self.total - 1)
+        return max(self.lookup, len(self.levels))
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
-        sizes = [1] + [self.top_k] * (self.max_depth - 1)
+        sizes = [1] + [self.top_k] * (min(self.depth, self.total - 1) - 1)
         return tuple(Level(self.top_k, tuple(range(size * self.top_k)), self.top_k) for size in sizes)
 
 
 TreePlan = StaticTree | DynamicTree
 
 OFF = StaticTree(())  # plain decoding: a tree of the root alone
+
+
+def with_lookup(plan: TreePlan, length: int | None = None) -> TreePlan:
+    """The plan with chains of ``length`` looked-up tokens; None: as many as its nodes can hold, LONGEST at most."""
+    room = dataclasses.replace(plan, lookup=0).num_nodes - 1
+    return dataclasses.replace(plan, lookup=min(room, LONGEST) if length is None else length)
+
+
+# A longer chain costs a head's extend a position each, and rarely lasts: on SmolLM2's greedy answers, where 8 tokens
+# were to be had, lookups kept 3 (scripts/results/eval_acceptance_smollm2_lookup.json).
+LONGEST = 8
 
 NAMED_TREES: dict[str, TreePlan] = {
     "off": OFF,
@@ -171,14 +220,19 @@ NAMED_TREES: dict[str, TreePlan] = {
 
 
 def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
-    """A plan from a name ("off", "chain-3", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), paths (a list, or one
-    written as JSON), or a plan."""
+    """A plan from a name ("off", "chain-3", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL", "lookup-4"), paths (a
+    list, or one written as JSON), or a plan. "+lookup" or "+lookup-K" after it: ``with_lookup``."""
     if isinstance(tree, TreePlan):
         return tree
     if not isinstance(tree, str):
         if not isinstance(tree, (list, tuple)) or not all(isinstance(path, (list, tuple)) for path in tree):
             raise ValueError(f"a tree is a name or a list of paths such as [[0], [1], [0, 0]], got {tree!r}")
         return StaticTree(tuple(tuple(path) for path in tree))
+    if match := re.fullmatch(r"(?:(.+)\+)?lookup(?:-(\d+))?", tree):
+        plan, length = parse_tree(match[1] or "off"), match[2]
+        if match[1] is None and length is None:
+            raise ValueError("'lookup' needs a number of tokens: 'lookup-4'")
+        return with_lookup(plan, None if length is None else int(length))
     if tree in NAMED_TREES:
         return NAMED_TREES[tree]
     if tree.startswith("["):
@@ -191,13 +245,19 @@ def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
     if match := re.fullmatch(r"dynamic-(\d+)-(\d+)-(\d+)", tree):
         return DynamicTree(*(int(n) for n in match.groups()))
     raise ValueError(
-        f"tree {tree!r} is unknown; use 'auto', 'chain-K', 'dynamic-DEPTH-TOPK-TOTAL', a list of paths, or one of "
-        f"{sorted(NAMED_TREES)}"
+        f"tree {tree!r} is unknown; use 'auto', 'chain-K', 'dynamic-DEPTH-TOPK-TOTAL', 'lookup-K', a list of paths, or "
+        f"one of {sorted(NAMED_TREES)}, with '+lookup' or without"
     )
 
 
 def tree_name(plan: TreePlan) -> str:
     """The shortest text that ``parse_tree`` reads as this plan."""
+    if plan.lookup:
+        grown = dataclasses.replace(plan, lookup=0)
+        if grown == OFF:
+            return f"lookup-{plan.lookup}"
+        length = "" if plan == with_lookup(grown) else f"-{plan.lookup}"
+        return f"{tree_name(grown)}+lookup{length}"
     for name, named in NAMED_TREES.items():
         if plan == named:
             return name

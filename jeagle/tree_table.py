@@ -1,7 +1,8 @@
 """What ``scripts/search_tree.py`` found of a head, kept beside it as ``trees.json``: how often its guesses are taken,
 and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
 
-    {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "best": {"1": "bush-8", "8": "chain-1"}, ..}
+    {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "lookup_share": 0.3, "lookup_rate": [0.7, 0.8],
+     "best": {"1": "bush-8+lookup", "8": "chain-1"}, ..}
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jeagle.acceptance import LOOKUP_SHARE, Rates
 from jeagle.tree import StaticTree, parse_tree
 
 __all__ = ["TreeTable"]
@@ -21,7 +23,7 @@ NAME = "trees.json"
 
 @dataclass(frozen=True)
 class TreeTable:
-    rate_DC: np.ndarray  # how often the child of rank c at depth d + 1 is taken once its parent is
+    rates: Rates
     best: dict[int, StaticTree]  # the fastest tree by batch size, plain decoding among them
     device: str = ""  # what they were timed on, JAX's device kind first
 
@@ -34,12 +36,17 @@ class TreeTable:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             rate_DC, device = np.array(found["rate"], float), str(found.get("device", ""))
+            share, rate_D = (
+                float(found.get("lookup_share", LOOKUP_SHARE)),
+                np.array(found.get("lookup_rate", []), float),
+            )
             parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
             best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
-            if rate_DC.ndim != 2 or not ((rate_DC >= 0) & (rate_DC <= 1)).all():
+            inside = all(((x >= 0) & (x <= 1)).all() for x in (rate_DC, rate_D, np.array(share)))
+            if rate_DC.ndim != 2 or rate_D.ndim != 1 or not inside:
                 raise ValueError("rates must be rows of numbers in 0..1")
             if not best or len(best) < len(parsed):
                 raise ValueError("best must name a static tree for a batch size at least")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no table of trees ({type(error).__name__}: {error}); remove it") from None
-        return cls(rate_DC, best, device)
+        return cls(Rates(rate_DC, share, rate_D), best, device)

@@ -101,7 +101,7 @@ def bench() -> Bench:
 
 
 def same_tokens(plain: DecodeState, speculative: DecodeState) -> None:
-    for field in ("num_output_B", "finish_B", "output_BO"):
+    for field in ("num_output_B", "finish_B", "text_BS"):
         np.testing.assert_array_equal(getattr(plain, field), getattr(speculative, field), err_msg=field)
     emitted = np.asarray(speculative.acceptance_BP) @ (1 + np.arange(speculative.acceptance_BP.shape[1]))
     np.testing.assert_array_equal(emitted, speculative.num_output_B)

@@ -154,7 +154,7 @@ def copying_pair(attention: float = 0.0) -> tuple[Llama4, Llama4EagleHead]:
 def test_random_heads_change_no_text(bench, name, plan):
     batch = make_batch(0, sampled=True)  # greedy rows beside sampled ones
     expected, got = bench.run(None, batch, OFF), bench.run(name, batch, plan)
-    np.testing.assert_array_equal(got.output_BO, expected.output_BO)
+    np.testing.assert_array_equal(got.text_BS, expected.text_BS)
     np.testing.assert_array_equal(got.num_output_B, 40)
 
 
@@ -166,7 +166,7 @@ def test_good_heads_change_no_text(bench, plan):
     for seed in range(4):
         batch = make_batch(seed, sampled=seed % 2 == 1)
         expected, got = bench.run(None, batch, OFF, target), bench.run("meta", batch, plan, target, head)
-        np.testing.assert_array_equal(got.output_BO, expected.output_BO)
+        np.testing.assert_array_equal(got.text_BS, expected.text_BS)
         accepted += int(got.num_output_B.sum() - got.num_rounds_B.sum())
     assert 0.2 < accepted / (4 * 6 * 40) < 0.75
 
@@ -176,7 +176,7 @@ def test_trees_are_cut_at_borders(bench):
     target, head = copying_pair()
     batch = make_batch(7, sampled=False)
     expected, got = bench.run(None, batch, OFF, target), bench.run("meta", batch, CHAIN, target, head)
-    np.testing.assert_array_equal(got.output_BO, expected.output_BO)
+    np.testing.assert_array_equal(got.text_BS, expected.text_BS)
     for row, prompt in enumerate(batch.prompts):
         length, left, rounds = len(prompt) - 1, 40, 0
         while left:

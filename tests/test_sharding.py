@@ -98,7 +98,7 @@ def test_tokens_of_one_device(num_heads, num_kv_heads, data, tensor, trees):
     alone, _ = decode(target, head, None, OFF, filters)
     for tree in trees:
         state, _ = decode(target, head, layout, parse_tree(tree), filters)
-        np.testing.assert_array_equal(state.output_BO, alone.output_BO)
+        np.testing.assert_array_equal(state.text_BS, alone.text_BS)
         np.testing.assert_array_equal(state.logprobs.top_id_BOn, alone.logprobs.top_id_BOn)
         np.testing.assert_allclose(state.logprobs.chosen_BO, alone.logprobs.chosen_BO, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_llama4_over_a_mesh(experts):
     layout = Layout(make_mesh(2, 4), Rules.choose(experts=experts))
     alone, _ = decode(target, head, None, OFF)
     state, compiled = decode(target, head, layout, parse_tree("chain-2"))
-    np.testing.assert_array_equal(state.output_BO, alone.output_BO)
+    np.testing.assert_array_equal(state.text_BS, alone.text_BS)
     assert {name for name, _ in collectives(compiled)} == {"all-reduce", "all-gather"}
 
 

@@ -66,7 +66,7 @@ def cycled(
 
 
 def same_text(plain: DecodeState, switched: DecodeState) -> None:
-    for field in ("num_output_B", "finish_B", "output_BO", "length_B"):
+    for field in ("num_output_B", "finish_B", "text_BS", "length_B"):
         np.testing.assert_array_equal(getattr(plain, field), getattr(switched, field), err_msg=field)
 
 
@@ -167,7 +167,7 @@ def test_tried_and_kept_against_a_replay(swayed: Swayed) -> None:
         for b in np.flatnonzero(running_B):
             node = 0
             tried_BN[b, 0] += 1
-            for token in np.asarray(state.output_BO)[b, said_B[b] : state.num_output_B[b]].tolist() + [None]:
+            for token in np.asarray(state.text_BS)[b, said_B[b] : state.num_output_B[b]].tolist() + [None]:
                 kept_BN[b, node] += 1
                 children = [n for n in range(1, BUSH.num_nodes) if tree.parent_BT[b, n] == node and tree.valid_BT[b, n]]
                 tried_BN[b, children] += 1
