@@ -69,7 +69,7 @@ class CostTable:
         """Of every tree measured in ``setting``, made monotone over its batches and trees."""
         alike = [s for s in self.rounds if (s.capacity, s.sampled) == (setting.capacity, setting.sampled)]
         cells = [(s, plan) for s in alike for plan in self.rounds[s]]
-        sizes = np.array([(s.batch, plan.num_nodes, plan.max_depth) for s, plan in cells])
+        sizes = np.array([(s.batch, plan.num_nodes, plan.max_depth, len(plan.levels)) for s, plan in cells])
         smooth = monotone(sizes, np.array([self.rounds[s][plan] for s, plan in cells]))
         return {plan: float(value) for (s, plan), value in zip(cells, smooth) if s == setting}
 

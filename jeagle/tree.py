@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 __all__ = [
+    "LONGEST",
     "NAMED_TREES",
     "OFF",
     "DynamicTree",
@@ -192,7 +193,7 @@ TreePlan = StaticTree | DynamicTree
 OFF = StaticTree(())  # plain decoding: a tree of the root alone
 
 
-def with_lookup(plan: TreePlan, length: int | None = None) -> TreePlan:
+def with_lookup[P: StaticTree | DynamicTree](plan: P, length: int | None = None) -> P:
     """The plan with chains of ``length`` looked-up tokens; None: as many as its nodes can hold, LONGEST at most."""
     room = dataclasses.replace(plan, lookup=0).num_nodes - 1
     return dataclasses.replace(plan, lookup=min(room, LONGEST) if length is None else length)

@@ -148,6 +148,7 @@ def pooled(metrics: Sequence[RequestMetrics]) -> RequestMetrics:
         num_rounds=sum(m.num_rounds for m in metrics),
         num_emitted=sum(m.num_emitted for m in metrics),
         acceptance_histogram=summed([m.acceptance_histogram for m in metrics]),
+        lookup_histogram=summed([m.lookup_histogram for m in metrics]),
         prefill_seconds=0.0,
         decode_seconds=0.0,
         tree=metrics[0].tree,

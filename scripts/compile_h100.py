@@ -5,7 +5,8 @@
 
 Compiles every attention kernel and the experts' kernels at decoding shapes, and the whole decode loop of a model of
 Llama 3 8B's shape (bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, with a
-dynamic tree of 64 nodes, and with that tree over FP8 caches (of 65,536 positions). For each: kernels and their
+dynamic tree of 64 nodes, with that tree over FP8 caches (of 65,536 positions), and with a chain of 3 that is looked up
+in the text where it repeats itself. For each: kernels and their
 registers, spills and shared memory; for the loop also the kernels per layer and round, what is aliased and what is
 temporary (less than one layer's pages: nothing copies pages), and whether the rounds are command buffers (CUDA graphs).
 XLA makes no command buffer of fewer than five commands, and the loop itself is two: with WHILE enabled and that limit
@@ -44,7 +45,7 @@ from jeagle.decoder import Decoder
 from jeagle.fp8 import FP8
 from jeagle.llama4_config import Llama4Config
 from jeagle.sizes import size
-from jeagle.tree import OFF, DynamicTree, TreePlan
+from jeagle.tree import OFF, DynamicTree, StaticTree, TreePlan, with_lookup
 from pallas_kernels.grouped_mlp_pallas import grouped_mlp
 
 LOOP_FLAGS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
@@ -58,6 +59,7 @@ LOOPS: dict[str, tuple[TreePlan, bool]] = {  # and whether over FP8 caches
     "plain": (OFF, False),
     "tree of 64": (TREE, False),
     "tree of 64, FP8 caches": (TREE, True),
+    "chain of 3, lookup": (with_lookup(StaticTree.chain(3)), False),
 }
 
 

@@ -17,9 +17,12 @@ cuts short counts as one round with the tokens it still emitted. (Meta's "tokens
 **Acceptance** at position k is the share of rounds that kept at least k draft tokens, a cut round again with what it
 emitted; tau is 1 plus the sum over k. The **histogram** counts the rounds that kept 0, 1, 2, ... draft tokens.
 
-**Looked up** is no property of the head but of the text, and says how easy it was: the share of the answers' tokens
+**Repeated** is no property of the head but of the text, and says how easy it was: the share of the answers' tokens
 that followed the two tokens before them the last time those stood side by side, in the prompt or the answer. A small
 model repeats itself, the more the lower the temperature.
+
+A tree without "+lookup" in its name measures the head alone. With it, **lookups** is the share of the rounds whose
+drafts were looked up in the text (jeagle/lookup.py).
 
 Sampled answers (temperature above 0) have a seed per question and turn, made of --seed and the question's line in its
 file: the same text for every tree, --batch and --limit. Only the first turn is asked, unless --all-turns goes on with
@@ -70,7 +73,7 @@ class Answer:
     plain: RequestOutput | None = None  # with --speed
 
 
-def looked_up(prompt: Sequence[int], answer: Sequence[int]) -> int:
+def repeated(prompt: Sequence[int], answer: Sequence[int]) -> int:
     """How many tokens of the answer followed the two before them the last time. Example: of [1, 2, 3] after [1, 2, 3]
     the last one."""
     followed: dict[tuple[int, int], int] = {}
@@ -93,7 +96,8 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
         tokens_per_call=total.tokens_per_call,
         acceptance_per_position=total.acceptance_per_position,
         acceptance_histogram=total.acceptance_histogram,
-        looked_up=sum(looked_up(*text) for text in texts) / sum(len(answer) for _, answer in texts),
+        lookup_histogram=total.lookup_histogram,
+        repeated=sum(repeated(*text) for text in texts) / sum(len(answer) for _, answer in texts),
     )
 
 
@@ -162,12 +166,14 @@ def print_table(console: Console, run: dict[str, Any]) -> None:
         "rounds",
         "tokens per call",
         *(f"kept ≥ {k}" for k in range(1, depth + 1)),
-        "looked up",
+        "lookups",
+        "repeated",
     )
     table = new_table("category", *numbers, "rounds that kept 0, 1, 2, ...", title=label(run), right=numbers)
     for name, row in rows(run).items():
         cells = [f"{row['answers']}", f"{row['tokens']}", f"{row['rounds']}", f"{row['tokens_per_call']:.2f}"]
-        cells += [f"{share:.0%}" for share in (*row["acceptance_per_position"], row["looked_up"])]
+        lookups = sum(row["lookup_histogram"]) / max(1, row["rounds"])
+        cells += [f"{share:.0%}" for share in (*row["acceptance_per_position"], lookups, row["repeated"])]
         if name == WHOLE:
             table.add_section()
         table.add_row(name, *cells, " ".join(map(str, row["acceptance_histogram"])))

@@ -5,9 +5,11 @@
 
 Three steps. (1) The questions are answered under a wide tree, and the target's choices counted: how often it takes the
 head's child of each rank at each depth, its parent being taken. Parents are first children; other ones are taken to
-have children as good. (2) For every size and depth the tree with the most expected tokens is found (Sequoia,
-arXiv:2402.12374; jeagle/tree_search.py). (3) A round of each is timed at each batch size (jeagle/costs.py), plain
-decoding beside them, and tokens per second are expected tokens over seconds.
+have children as good. Rows whose text repeats itself are drafted from it (jeagle/lookup.py), and counted apart: how
+many rounds do, and how far it goes. (2) For every size and depth the tree with the most expected tokens is found
+(Sequoia, arXiv:2402.12374; jeagle/tree_search.py), and given lookups of as many tokens. (3) A round of each is timed at
+each batch size (jeagle/costs.py), lookups alone and plain decoding beside them, and tokens per second are expected
+tokens over seconds.
 
 **Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1.
 **Evenness** is what a batch's slowest row leaves of them (``evenness`` below): rows that are done wait for the others.
@@ -21,6 +23,7 @@ Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -29,12 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jeagle import LLM, SamplingParams
-from jeagle.acceptance import Acceptance, expected_tokens
+from jeagle.acceptance import Acceptance, Rates
 from jeagle.costs import CostTable, Setting, measure_rounds
 from jeagle.decode import Program
-from jeagle.dispatch import Dispatch
+from jeagle.dispatch import Dispatch, seconds_with_lookups
 from jeagle.sampling import Filters
-from jeagle.tree import OFF, StaticTree, tree_name
+from jeagle.tree import LONGEST, OFF, StaticTree, tree_name, with_lookup
 from jeagle.tree_search import best_trees, comb
 
 
@@ -59,18 +62,17 @@ def evenness(calls_R: np.ndarray, tokens: float, batch: int, draws: int = 1000) 
 
 
 def always(plan: StaticTree) -> Dispatch:
-    """A dispatcher that counts and never chooses another tree: by its table plain rounds take an hour."""
-    costs = CostTable({Setting(1, 1, False): {OFF: 3600.0, plan: 1e-3}})
+    """A dispatcher that counts and never chooses another tree: by its table all others take an hour."""
+    costs = CostTable({Setting(1, 1, False): {OFF: 3600.0, StaticTree((), plan.lookup): 3600.0, plan: 1e-3}})
     return Dispatch(candidates=[plan], costs=costs, probe_share=0.0, half_life=np.inf)
 
 
-def rows_of(
-    rate_DC: np.ndarray, calls_R: np.ndarray, batch: int, seconds: dict[StaticTree, float]
-) -> list[dict[str, Any]]:
+def rows_of(rates: Rates, calls_R: np.ndarray, batch: int, measured: dict[StaticTree, float]) -> list[dict[str, Any]]:
     """A row per tree, the fastest first."""
+    seconds = seconds_with_lookups(measured, rates.lookup_share**batch)
 
     def row(plan: StaticTree) -> dict[str, Any]:
-        tokens = expected_tokens(plan, rate_DC)
+        tokens = rates.tokens(plan)
         even = evenness(calls_R, tokens, batch)
         return dict(
             tree=tree_name(plan),
@@ -112,19 +114,21 @@ def main() -> None:
     args = parser.parse_args()
 
     here = environment()
-    llm = LLM(args.model, args.head, tree=always(comb(max(args.depths), args.ranks)), dtype=args.dtype)
+    wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)
+    llm = LLM(args.model, args.head, tree=always(wide), dtype=args.dtype)
     questions = load_questions(args.prompts, args.limit)
     prompts = [llm.apply_chat_template([{"role": "user", "content": q.turns[0]}]) for q in questions]
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=0)
     acceptance, calls_R = counted(llm, prompts, params)
-    rate_DC = acceptance.rate_DC
+    rates = acceptance.rates
 
-    trees = best_trees(rate_DC, args.nodes, args.depths)
+    found_trees = best_trees(rates.rate_DC, args.nodes, args.depths)
+    trees = list(dict.fromkeys([OFF, *(StaticTree((), n - 1) for n in args.nodes), *map(with_lookup, found_trees)]))
     program = Program(filters=Filters.needed([params]))
     settings = [Setting(batch, args.capacity, args.temperature > 0) for batch in args.batch]
     costs = CostTable({s: measure_rounds(llm._decoder, program, trees, s) for s in settings})
     console = Console()
-    found = {s.batch: rows_of(rate_DC, calls_R, s.batch, costs.seconds(s)) for s in settings}
+    found = {s.batch: rows_of(rates, calls_R, s.batch, costs.seconds(s)) for s in settings}
     for batch, rows in found.items():
         print_rows(console, batch, rows)
     if args.out:
@@ -136,8 +140,11 @@ def main() -> None:
             answers=len(prompts),
             max_tokens=args.max_tokens,
             temperature=args.temperature,
-            rate=rate_DC.tolist(),
+            rate=rates.rate_DC.tolist(),
+            lookup_share=rates.lookup_share,
+            lookup_rate=rates.lookup_rate_D.tolist(),
             tried=acceptance.tried_DC.tolist(),
+            lookup_tried=acceptance.looked_tried_D.tolist(),
             tokens_per_call=calls_R.tolist(),
             best={batch: rows[0]["tree"] for batch, rows in found.items()},
             trees=found,

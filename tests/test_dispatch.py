@@ -11,11 +11,11 @@ import pytest
 from test_exactness import markov_head, markov_target
 
 from jeagle import LLM, SamplingParams, dispatch, heads
-from jeagle.acceptance import Acceptance, expected_tokens
+from jeagle.acceptance import LOOKUP_SHARE, Acceptance, Rates, expected_tokens
 from jeagle.checkpoint_writer import save
 from jeagle.costs import CostTable, Setting, load_costs, modelled_costs, monotone, save_costs
 from jeagle.devices import DEVICES
-from jeagle.dispatch import PROBE_ROUNDS, Dispatch, Dispatcher
+from jeagle.dispatch import PROBE_ROUNDS, Dispatch, Dispatcher, seconds_with_lookups
 from jeagle.floor import Job
 from jeagle.footprint import Split
 from jeagle.sizes import head_for, size
@@ -48,6 +48,39 @@ def test_old_tries_fade_where_there_are_new_ones() -> None:
     assert acceptance.rate_DC[0, 0] < 0.15
     assert acceptance.rate_DC[1, 0] > 0.75  # not tried since
     assert acceptance.tried_DC[0, 0] < 201
+
+
+def test_rates_of_lookups() -> None:
+    """How often there is one and how far it goes; rounds of plans without say nothing, and the head's are counted
+    apart."""
+    plan = StaticTree(CHAIN_3.paths, lookup=3)
+    acceptance = Acceptance([plan])
+    acceptance.add(CHAIN_3, np.array([1000, 1000, 500, 250]), np.array([1000, 500, 250, 125]))
+    assert acceptance.rates.lookup_share == LOOKUP_SHARE
+    head = np.array([100_000, 60_000, 30_000, 15_000]), np.array([100_000, 30_000, 15_000, 7_500])
+    acceptance.add(plan, *head, np.array([4_000, 0, 6_000, 30_000]))
+    rates = acceptance.rates
+    assert rates.lookup_share == pytest.approx(0.4, abs=1e-3)
+    np.testing.assert_allclose(rates.lookup_rate_D, [0.9, 1.0, 30 / 36], atol=1e-3)
+    drafted = expected_tokens(CHAIN_3, acceptance.rate_DC)
+    assert rates.tokens(CHAIN_3) == drafted == pytest.approx(1.875, abs=1e-2)
+    assert rates.tokens(plan) == pytest.approx(0.6 * drafted + 0.4 * (1 + 0.9 + 0.9 + 0.75), abs=1e-3)
+    longer = StaticTree((), lookup=4)  # as deep as the prior reaches, or as the deepest known
+    assert Rates(np.zeros((0, 0)), 0.5, np.array([1.0, 0.5])).tokens(longer) == 0.5 + 0.5 * (1 + 1 + 0.5 + 0.25 + 0.125)
+
+
+def test_rounds_in_which_no_row_asks_the_head() -> None:
+    """One row alone looks up more often than all of four do, and what no head drafts takes the time of lookups."""
+    looked, alone = StaticTree(CHAIN_3.paths, lookup=3), StaticTree((), lookup=3)
+    seconds = {OFF: 0.010, alone: 0.012, looked: 0.020}
+    assert seconds_with_lookups(seconds, 0.5) == {OFF: 0.010, alone: 0.012, looked: pytest.approx(0.016)}
+    assert seconds_with_lookups({looked: 0.020}, 0.5) == {looked: 0.020}
+    costs = CostTable({Setting(batch, 256, False): seconds for batch in (1, 4)})
+    options = Dispatch(candidates=["chain-3+lookup"], costs=costs)
+    assert options.plans == (OFF, alone, looked)
+    d = Dispatcher(options)
+    one, four = d.values(Setting(1, 256, False)), d.values(Setting(4, 256, False))
+    assert one[looked] > four[looked] and one[alone] == four[alone]
 
 
 # The costs.
@@ -322,11 +355,13 @@ def test_generate_with_a_dispatcher(tmp_path) -> None:
     assert llm.dispatcher.acceptance[False].kept_DC[0, 0] > 10
 
 
-@pytest.mark.parametrize(("device", "trees"), [("cpu (x86_64)", ("chain-3", "chain-1")), ("a GPU", ("chain-1",) * 2)])
+@pytest.mark.parametrize(
+    ("device", "trees"), [("cpu (x86_64)", ("chain-3+lookup-2", "chain-1")), ("a GPU", ("chain-1+lookup",) * 2)]
+)
 def test_auto_is_what_was_searched_for_the_batch_size_on_such_a_device(tmp_path, device, trees) -> None:
     target = markov_target()
     head = save(markov_head(target), tmp_path / "head")
-    found = dict(rate=[[0.9]], best={"1": "chain-3", "8": "chain-1"}, device=device)
+    found = dict(rate=[[0.9]], best={"1": "chain-3+lookup-2", "8": "chain-1"}, device=device)
     (head / "trees.json").write_text(json.dumps(found))
     llm = LLM(target, head, cache_dir=tmp_path)
     assert [tree_name(llm.plan_for(batch)) for batch in (1, 2, 4, 64)] == [trees[0], trees[0], trees[1], trees[1]]

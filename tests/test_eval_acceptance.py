@@ -79,10 +79,11 @@ def test_figures_known_in_advance(evaluate, files, tmp_path):
         tokens_per_call=len(RECITED) / rounds,
         acceptance_per_position=[1.0, 1 - 1 / rounds],
         acceptance_histogram=[0, 3, 3 * (rounds - 1)],
-        looked_up=off["whole"]["looked_up"],
+        lookup_histogram=[0, 0, 0],
+        repeated=off["whole"]["repeated"],
     )
     assert {c: row["answers"] for c, row in chain["categories"].items()} == {"writing": 2, "math": 1}
-    assert 0 <= off["whole"]["looked_up"] < 1
+    assert 0 <= off["whole"]["repeated"] < 1
     assert off["whole"]["tokens_per_call"] == 1 and off["whole"]["acceptance_histogram"] == [3 * len(RECITED)]
     assert (chain["tree"], chain["nodes"], chain["depth"], chain["temperature"]) == ("chain-2", 3, 2, 0)
     expected = dict(script="eval_acceptance", model=files["reciter"], head=files["reciter-head"], dtype="float32")
@@ -93,11 +94,11 @@ def test_figures_known_in_advance(evaluate, files, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
-def test_looked_up():
-    assert eval_acceptance.looked_up([1, 2, 3], [1, 2, 3]) == 1
-    assert eval_acceptance.looked_up([], [7, 7, 7, 7, 7]) == 2  # the first pair has not been seen
-    assert eval_acceptance.looked_up([1, 2, 3, 1, 2, 4], [1, 2, 3, 9, 1, 2, 3]) == 1  # the last time counts
-    assert eval_acceptance.looked_up([5, 6, 5, 6, 5, 6], [1]) == 0
+def test_repeated():
+    assert eval_acceptance.repeated([1, 2, 3], [1, 2, 3]) == 1
+    assert eval_acceptance.repeated([], [7, 7, 7, 7, 7]) == 2  # the first pair has not been seen
+    assert eval_acceptance.repeated([1, 2, 3, 1, 2, 4], [1, 2, 3, 9, 1, 2, 3]) == 1  # the last time counts
+    assert eval_acceptance.repeated([5, 6, 5, 6, 5, 6], [1]) == 0
 
 
 def test_totals_are_those_of_the_metrics(evaluate, files):

@@ -18,7 +18,7 @@ from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, RowSampling, seed_keys
-from jeagle.tree import OFF, StaticTree
+from jeagle.tree import OFF, StaticTree, with_lookup
 
 # A cache that outweighs all else: 3 layers x 8192 positions against a vocabulary of 64.
 CONFIG = LlamaConfig.tiny(num_layers=3, head_dim=32, vocab_size=64, max_position=8192)
@@ -58,8 +58,13 @@ def compiled(decoder: Decoder, plan: StaticTree, filters: Filters) -> CompiledPr
 
 @pytest.mark.parametrize(
     ("plan", "filters"),
-    [(OFF, Filters()), (StaticTree.chain(3), Filters()), (StaticTree.chain(2), Filters(sample=True, top_p=True))],
-    ids=["plain", "chain", "sampled chain"],
+    [
+        (OFF, Filters()),
+        (StaticTree.chain(3), Filters()),
+        (StaticTree.chain(2), Filters(sample=True, top_p=True)),
+        (with_lookup(StaticTree.chain(3)), Filters()),
+    ],
+    ids=["plain", "chain", "sampled chain", "lookup"],
 )
 def test_caches_are_updated_in_place(decoder: Decoder, plan: StaticTree, filters: Filters) -> None:
     memory = compiled(decoder, plan, filters).executable.memory_analysis()

@@ -85,7 +85,7 @@ def collectives(compiled) -> list[tuple[str, int]]:
         (8, 8, 1, 8, ("off", "chain-2")),
         (8, 4, 1, 8, ("chain-2",)),
         (24, 3, 1, 8, ("chain-2",)),
-        (8, 2, 2, 4, ("off", "chain-2")),
+        (8, 2, 2, 4, ("off", "chain-2+lookup-4")),
         (8, 1, 1, 8, ("chain-2",)),
         (8, 8, 4, 2, ("chain-2",)),
     ],
@@ -206,7 +206,7 @@ def test_restoring_holds_little_beside_the_devices_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "READ_BYTES", 8 << 20)
     with PeakBytes() as peak:
         model = load_llama(path, layout=Layout(make_mesh(1, 8)))
-    assert variables(model) and stored < peak.bytes < 1.55 * stored
+    assert variables(model) and 0.8 * stored < peak.bytes < 1.55 * stored  # some of it was free before
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from jeagle.sharding import Layout, make_mesh
 from jeagle.tree import OFF, DynamicTree, StaticTree, Tree, TreePlan
 
 CHAIN_1, CHAIN_3 = StaticTree.chain(1), StaticTree.chain(3)
+LOOKUP, LOOKED = StaticTree((), lookup=4), StaticTree(CHAIN_1.paths, lookup=4)
 # Off and on again, up and down in depth; more than once the same where a draft must live to be accepted.
 CYCLE = (BUSH, OFF, CHAIN_1, CHAIN_1, BUSH, BUSH, CHAIN_1, CHAIN_1, OFF, OFF, BUSH, BUSH)
 
@@ -140,6 +141,14 @@ def test_drafts_are_accepted_after_switches(swayed: Swayed) -> None:
     assert kept[BUSH] > 10
 
 
+def test_to_lookups_and_back(swayed: Swayed) -> None:
+    """With a head, which goes on where it was, and without, as to plain decoding."""
+    batch = make_batch(sampled=True)
+    state, kept = cycled(swayed.decoder, batch, EVERY_FILTER, (LOOKED, LOOKED, CHAIN_1, LOOKUP, LOOKUP, LOOKED))
+    same_text(plain_state(swayed.decoder, batch, EVERY_FILTER), state)
+    assert kept[LOOKED] > 10
+
+
 def test_a_switch_loses_nothing_that_the_head_saw(swayed: Swayed) -> None:
     """Cut to fewer pending positions and back, the head guesses just what it would have guessed."""
     small = dataclasses.replace(swayed.program, plan=CHAIN_1)
@@ -157,7 +166,8 @@ def test_a_switch_loses_nothing_that_the_head_saw(swayed: Swayed) -> None:
 
 def test_tried_and_kept_against_a_replay(swayed: Swayed) -> None:
     """Node by node, from the proposed trees and the finished text alone; nodes past a request's end do not count."""
-    state = swayed.start(make_batch(sampled=True))
+    batch = make_batch(sampled=True)
+    state, first_B = swayed.start(batch), batch.num_prompt_B
     tried_BN, kept_BN = np.zeros((6, BUSH.num_nodes), int), np.zeros((6, BUSH.num_nodes), int)
     cut = False
     while not np.asarray(state.finish_B).all():
@@ -167,7 +177,8 @@ def test_tried_and_kept_against_a_replay(swayed: Swayed) -> None:
         for b in np.flatnonzero(running_B):
             node = 0
             tried_BN[b, 0] += 1
-            for token in np.asarray(state.text_BS)[b, said_B[b] : state.num_output_B[b]].tolist() + [None]:
+            text_S, end = np.asarray(state.text_BS)[b], first_B[b] + state.num_output_B[b]
+            for token in text_S[first_B[b] + said_B[b] : end].tolist() + [None]:
                 kept_BN[b, node] += 1
                 children = [n for n in range(1, BUSH.num_nodes) if tree.parent_BT[b, n] == node and tree.valid_BT[b, n]]
                 tried_BN[b, children] += 1

@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jeagle.draft import Candidates, select
-from jeagle.tree import NAMED_TREES, OFF, DynamicTree, Level, StaticTree, Tree, ancestor_mask, parse_tree, tree_name
+from jeagle.tree import (
+    NAMED_TREES,
+    OFF,
+    DynamicTree,
+    Level,
+    StaticTree,
+    Tree,
+    ancestor_mask,
+    parse_tree,
+    tree_name,
+    with_lookup,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -70,8 +81,34 @@ def test_names_are_read_as_what_they_name():
     names = [tree_name(plan) for plan in plans]
     assert [parse_tree(name) for name in names] == plans
     assert names[-3:] == ["chain-4", "dynamic-2-3-9", "[[0],[2],[0,1]]"]
+    looking = [with_lookup(plan, length) for plan in plans for length in (None, 1, 5)]
+    assert [parse_tree(tree_name(plan)) for plan in looking] == looking
+    names = [tree_name(plan) for plan in looking]
+    assert names[:3] == ["off", "lookup-1", "lookup-5"] and names[-9:-6] == [
+        "chain-4+lookup",
+        "chain-4+lookup-1",
+        "chain-4+lookup-5",
+    ]
     with pytest.raises(ValueError, match="is not a list of paths"):
         parse_tree("[[0]")
+
+
+def test_lookups_of_a_plan():
+    """As many tokens as its nodes hold, 8 at most, or as asked for, which may make it larger."""
+    assert parse_tree("chain-3+lookup") == StaticTree(StaticTree.chain(3).paths, lookup=3)
+    assert parse_tree("eagle-26+lookup").lookup == 8
+    more = parse_tree("chain-1+lookup-4")
+    assert (more.num_nodes, more.max_depth, len(more.levels)) == (5, 4, 1)
+    dynamic = parse_tree("dynamic-2-2-4+lookup-6")
+    assert (dynamic.num_nodes, dynamic.max_depth, len(dynamic.levels)) == (7, 6, 2)
+    alone = parse_tree("lookup-4")
+    assert (alone.num_nodes, alone.max_depth, alone.levels) == (5, 4, ())
+    for wrong in ("lookup", "lookup-x", "nothing+lookup", "chain-3+lookup-"):
+        with pytest.raises(ValueError, match=r"is unknown|needs a number of tokens"):
+            parse_tree(wrong)
+    for wrong in (-1, True, 1.5):
+        with pytest.raises(ValueError, match="lookup must be a number of tokens"):
+            StaticTree((), lookup=wrong)
 
 
 def test_named_trees():
