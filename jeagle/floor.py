@@ -70,7 +70,7 @@ class Job:
             )
         if self.link_latency is not None and self.link_latency < 0:
             raise PlanError(f"link_latency must not be negative, got {self.link_latency}")
-        if (self.head is None) != (self.tree is None or self.tree.num_nodes == 1):
+        if (self.head is None) != (self.tree is None or not self.tree.levels):
             raise PlanError("a draft needs a tree and a tree needs a draft; name both, or turn both off")
         longest = 1 if self.tree is None else self.tree.max_depth + 1
         if not 1 <= self.tokens_per_call <= longest:

@@ -159,7 +159,7 @@ def _tree(name: str) -> TreePlan:
 
     if name == "auto":  # what ``LLM`` takes on a GPU
         name = "chain-3"
-    return parse_tree(re.sub(r"^(chain|eagle|bush)(\d+)$", r"\1-\2", name))
+    return parse_tree(re.sub(r"^(chain|eagle|bush)(\d+)(?=$|\+)", r"\1-\2", name))
 
 
 def _tokens_per_call(given: float | None) -> float:

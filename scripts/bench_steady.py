@@ -6,7 +6,8 @@ Three things, at batch 1, plain and (with a draft) speculative:
 
     host     the share of generate's decode time that is spent outside the device loop
     length   decode tokens per second of answers of --long tokens over those of answers of --short ones, in turns; each
-             in the cache that LLM gives a request of its length
+             in the cache that LLM gives a request of its length. And the same of rounds: what a text repeats of itself
+             makes drafts good or bad, and is no matter of length
     memory   bytes held after each of --requests requests of different lengths, one after the other; the growth is that
              from the end of the first quarter, when every shape has been compiled, to the last request
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from common import environment, exit_code, spread, tokens_per_second
+from common import environment, exit_code, pooled, spread, tokens_per_second
 from measuring import compiled_before, host_share, memory_now
 from reporting import check_outputs, make_console, new_table
 from tqdm import tqdm
@@ -43,15 +44,22 @@ def long_and_short(llm: LLM, speculative: bool, long: int, short: int, repeats: 
     """Decode tokens per second of answers of both lengths, prefill left out."""
     prompt = make_prompt(llm.config.vocab_size, PROMPT, 0)
     rates: dict[int, list[float]] = {short: [], long: []}
+    calls: dict[int, float] = {}
     for _ in tqdm(range(repeats), desc="lengths", disable=None):
         for tokens, found in rates.items():
             params = SamplingParams(max_tokens=tokens, ignore_eos=True)
             run = partial(llm.generate, prompt, params, speculative=speculative, use_tqdm=False)
             outputs = compiled_before(llm, run)
             found.append(tokens_per_second(outputs, prefill=False))
+            calls[tokens] = pooled([output.metrics for output in outputs]).tokens_per_call
     ratios = [a / b for a, b in zip(rates[long], rates[short], strict=True)]
     return dict(
-        short=short, long=long, tokens_per_second={n: spread(r) for n, r in rates.items()}, ratio=spread(ratios)
+        short=short,
+        long=long,
+        tokens_per_second={n: spread(r) for n, r in rates.items()},
+        tokens_per_call=calls,
+        ratio=spread(ratios),
+        ratio_of_rounds=spread([ratio * calls[short] / calls[long] for ratio in ratios]),
     )
 
 
@@ -92,12 +100,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    columns = ("host share", "tokens/s, short", "tokens/s, long", "long / short", "MB settled", "MB grown")
+    columns = ("host share", "tokens/s, short", "tokens/s, long", "long / short", "of rounds", "MB settled", "MB grown")
     table = new_table("", *columns, title=f"{result['model']}, {result['dtype']}, batch 1", right=columns)
     for name, run in result["runs"].items():
         length, memory = run["length"], run["memory"]
         rates = [f"{r['median']:.1f}" for r in length["tokens_per_second"].values()]
-        cells = [f"{run['host']['host_share']:.2%}", *rates, f"{length['ratio']['median']:.2f}"]
+        ratios = [f"{length[name]['median']:.2f}" for name in ("ratio", "ratio_of_rounds")]
+        cells = [f"{run['host']['host_share']:.2%}", *rates, *ratios]
         table.add_row(name, *cells, f"{memory['settled_MB']:.0f}", f"{memory['growth_MB']:+.1f}")
     make_console().print(table)
 

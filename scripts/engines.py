@@ -12,6 +12,7 @@ from common import pooled, spread
 from measuring import compiled_before, peak_memory
 
 from jeagle import LLM, RequestOutput, SamplingParams
+from jeagle.outputs import RequestMetrics
 from jeagle.tree import parse_tree
 
 __all__ = ["PLAIN", "Engine", "figures"]
@@ -56,6 +57,12 @@ class Engine:
         return [n / seconds for n, seconds in zip(tokens, self.seconds, strict=True)]
 
 
+def draft_steps(total: RequestMetrics) -> float:
+    """How many the head makes in a mean round, were it left out of all that look their drafts up."""
+    steps = sum(n * len(parse_tree(tree).levels) for tree, n in total.rounds_by_tree.items()) / total.num_rounds
+    return steps * (1 - sum(total.lookup_histogram) / total.num_rounds)
+
+
 def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
     """A row of the table, of one engine at one batch size and temperature."""
     requests = [o.metrics for outputs in engine.outputs for o in outputs]
@@ -82,7 +89,8 @@ def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
         acceptance_per_position=total.acceptance_per_position,
         acceptance_histogram=total.acceptance_histogram,
         round_ms=round_seconds * 1e3,
-        draft_steps=sum(n * parse_tree(tree).max_depth for tree, n in total.rounds_by_tree.items()) / total.num_rounds,
+        lookup_histogram=total.lookup_histogram,
+        draft_steps=draft_steps(total),
         rounds_by_tree=total.rounds_by_tree,
         ms_per_token_by_phase=dict(
             prefill=prefill / tokens * 1e3,

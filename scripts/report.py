@@ -61,6 +61,8 @@ def acceptance(result: Result) -> Iterator[tuple[str, str]]:
         whole = run["whole"]
         what = f"{Path(run['prompts']).stem}, temperature {run['temperature']:g}, {run['tree']}: tokens per call"
         found = f"{whole['tokens_per_call']:.2f}"
+        if lookups := sum(whole.get("lookup_histogram", [])):
+            found += f", {lookups / whole['rounds']:.0%} of the rounds looked up"
         if speed := run.get("speed"):
             ratio = speed["speedup"]
             what += "; speculative over plain"
@@ -108,10 +110,10 @@ def steady(result: Result) -> Iterator[tuple[str, str]]:
     for name, run in result["runs"].items():
         length, memory = run["length"], run["memory"]
         yield f"{name}: outside the device loop", f"{run['host']['host_share']:.2%} of the time"
-        yield (
-            f"{name}: tokens/s of {length['long']} tokens over those of {length['short']}",
-            spread_of(length["ratio"]),
-        )
+        lengths = f"of {length['long']} tokens over those of {length['short']}"
+        calls = " and ".join(f"{tau:.2f}" for tau in reversed(length["tokens_per_call"].values()))
+        yield f"{name}: tokens/s {lengths}", f"{spread_of(length['ratio'])}, at {calls} tokens per call"
+        yield f"{name}: rounds/s {lengths}", spread_of(length["ratio_of_rounds"])
         grown = f"{memory['growth_MB']:+.1f} MB of {memory['settled_MB']:.0f}"
         yield f"{name}: memory over {memory['requests']} requests", grown
 

@@ -13,8 +13,8 @@ tokens over seconds.
 
 **Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1.
 **Evenness** is what a batch's slowest row leaves of them (``evenness`` below): rows that are done wait for the others.
-**Speed-up** is over plain decoding at the same batch size, of the decode rounds alone. **best** is the fastest, plain
-decoding ("off") among them.
+**Speed-up** is over plain decoding at the same batch size, of the decode rounds alone. **best** is the fastest, or
+plain decoding ("off") where no tree promises --gain over it: batches have turned out less even than drawn ones.
 
 Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree="dispatch")`` begins with
 (jeagle/tree_table.py); it is a cost table, too, for ``Dispatch(candidates=[...], costs="trees.json")``.
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="most nodes, the root included")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5], help="most levels below the root")
     parser.add_argument("--ranks", type=int, default=8, help="children per node of the wide tree")
+    parser.add_argument("--gain", type=float, default=0.1, help="what a tree must promise over plain decoding")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
     parser.add_argument("--out", help="also write the JSON here")
     args = parser.parse_args()
@@ -146,7 +147,7 @@ def main() -> None:
             tried=acceptance.tried_DC.tolist(),
             lookup_tried=acceptance.looked_tried_D.tolist(),
             tokens_per_call=calls_R.tolist(),
-            best={batch: rows[0]["tree"] for batch, rows in found.items()},
+            best={b: rows[0]["tree"] if rows[0]["speedup"] >= 1 + args.gain else "off" for b, rows in found.items()},
             trees=found,
             rounds=costs.rows(),
         )
