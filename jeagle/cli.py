@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--draft", help=f"EAGLE head, in the same forms or by name ({DEMO_HEAD}); none: decode plainly")
     shared.add_argument(
-        "--tree", default="auto", help="chain-K, eagle-26, bush-8, dynamic[-DEPTH-TOPK-TOTAL], off or dispatch"
+        "--tree",
+        default="auto",
+        help="chain-K, bush-8, eagle-26, dynamic[-D-K-N], any +lookup, lookup-K, off, dispatch",
     )
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
     shared.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="fp8: caches of 8 bits")

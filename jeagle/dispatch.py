@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jeagle.acceptance import Acceptance
+from jeagle.acceptance import Acceptance, Rates
 from jeagle.costs import (
     CostTable,
     Setting,
@@ -96,7 +96,9 @@ class Dispatch:
         """The candidates, each once, plain decoding first, then what is left of them without a head."""
         given = self.candidates
         if given is None:
-            given = CANDIDATES if self.trees is None else tuple(self.trees.best.values())
+            given = CANDIDATES
+            if self.trees is not None:
+                given = (*self.trees.greedy.best.values(), *self.trees.sampled.best.values())
         parsed = [plan for plan in map(parse_tree, given) if isinstance(plan, StaticTree)]
         return tuple(dict.fromkeys([OFF, *(_alone(plan) for plan in parsed if plan.lookup), *parsed]))
 
@@ -142,9 +144,13 @@ class Dispatcher:
         self._stored: CostTable | None = None  # the directory's table, once read; process 0 alone has one
         self._seconds: dict[Setting, dict[StaticTree, float]] = {}  # what ``seconds`` has worked out
         # Greedy and sampled texts are not guessed equally well.
-        prior = None if dispatch.trees is None else dispatch.trees.rates
+        trees = dispatch.trees
+        priors: dict[bool, Rates | None] = {False: None, True: None}
+        if trees is not None:
+            priors = {False: trees.greedy.rates, True: trees.sampled.rates}
         self.acceptance = {
-            sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior=prior) for sampled in (False, True)
+            sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior=prior)
+            for sampled, prior in priors.items()
         }
         self._evenness: dict[Setting, float] = {}
         self._tries_to_know = KNOWN_TRIES if dispatch.trees is None else 0

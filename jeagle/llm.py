@@ -8,7 +8,6 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree
-from jeagle.tree_table import TreeTable
+from jeagle.tree_table import Plans, TreeTable
 from jeagle.verify import check_profile
 
 __all__ = ["LLM"]
@@ -57,12 +56,12 @@ class LLM:
         into the cache directory), or a ``Llama`` module.
       draft: the same for the head, the name of one that comes with the package (``jeagle.heads.names()``), or an
         ``EagleHead`` module; None decodes plainly.
-      tree: "auto" (at each batch size the tree searched for the head on such a device, where it has a ``trees.json``;
-        else a chain of 3, the paper's choice at every batch size but the smallest, of 1 on a CPU), a name ("chain-5",
-        "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or "dispatch", which
-        measures several and uses the fastest; ``Dispatch`` says which and how. "+lookup" after a name: rows whose text
-        repeats itself are drafted from it (``jeagle/lookup.py``), as with "auto"; "lookup-4" does that alone, for which
-        no head is needed.
+      tree: "auto" (at each batch size, greedy or sampled, the tree that its ``trees.json`` has for the head on such a
+        device; else a chain of 3, the paper's choice at every batch size but the smallest, of 1 on a CPU), a name
+        ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or
+        "dispatch", which measures several and uses the fastest; ``Dispatch`` says which and how. "+lookup" after a
+        name: rows whose text repeats itself are drafted from it (``jeagle/lookup.py``), as with "auto"; "lookup-4"
+        does that alone, for which no head is needed.
       dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
         checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
@@ -147,15 +146,15 @@ class LLM:
         searched: TreeTable | None = None
         if head_directory is not None and (auto or dispatch is not None):
             searched = TreeTable.of_head(head_directory)
-        plans: dict[int, TreePlan] = {1: plan}
+        plans = Plans.always(plan)
         if auto and searched is not None and searched.device.startswith(jax.devices()[0].device_kind):
-            plans = dict(searched.best)
+            plans = Plans(searched.greedy.best, searched.sampled.best)
         dispatcher: Dispatcher | None = None
         if dispatch is not None:
             if dispatch.trees is None:
                 dispatch = dataclasses.replace(dispatch, trees=searched)
             dispatcher = Dispatcher(dispatch, directory=cache / "costs")
-            plans = {1: max(dispatcher.plans, key=lambda plan: plan.num_nodes)}
+            plans = Plans.always(max(dispatcher.plans, key=lambda plan: plan.num_nodes))
 
         if isinstance(model, Llama):
             target = model if layout is None else place(model, layout)
@@ -179,8 +178,8 @@ class LLM:
             limit = max_model_len
         self.max_model_len = limit
         if head is None:  # what needs none of a tree that was asked for
-            plans = {1: OFF if auto or dispatch is not None else StaticTree((), plan.lookup)}
-        self._plans = plans  # by batch size
+            plans = Plans.always(OFF if auto or dispatch is not None else StaticTree((), plan.lookup))
+        self._plans = plans
         self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
@@ -196,15 +195,15 @@ class LLM:
     def plan(self) -> TreePlan:
         """The tree that is drafted; of several, for different batch sizes or for a dispatcher to choose from, the
         largest."""
-        return max(self._plans.values(), key=lambda plan: plan.num_nodes)
+        return self._plans.largest
 
     @plan.setter
     def plan(self, plan: TreePlan) -> None:
-        self._plans = {1: plan}
+        self._plans = Plans.always(plan)
 
-    def plan_for(self, batch: int) -> TreePlan:
-        """The tree of the nearest batch size, of two as near the larger: what pays there pays with fewer rows."""
-        return self._plans[min(self._plans, key=lambda size: (abs(math.log(size / batch)), -size))]
+    def plan_for(self, batch: int, *, sampled: bool = False) -> TreePlan:
+        """The tree for so many rows; sampled: whether any of them has a temperature."""
+        return self._plans.at(batch, sampled)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -345,7 +344,7 @@ class LLM:
         sizes = dict(page_size=decoder.page_size, limit=self.max_model_len, full=full, shards=decoder.row_shards)
         shapes = bucket(rows, chunks=self._chunks, **sizes)
         batch, filters, num_logprobs = make_batch(rows, shapes.batch)
-        plan = self.plan_for(shapes.batch) if speculative else OFF
+        plan = self.plan_for(shapes.batch, sampled=filters.sample) if speculative else OFF
         program = Program(plan, filters, num_logprobs, self._attention, self._sampler)
         if program.drafts:
             program = dataclasses.replace(program, profile=self.synthetic_acceptance)

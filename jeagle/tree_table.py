@@ -2,29 +2,51 @@
 and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
 
     {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "lookup_share": 0.3, "lookup_rate": [0.7, 0.8],
-     "best": {"1": "bush-8+lookup", "8": "chain-1"}, ..}
+     "best": {"1": "bush-8+lookup", "8": "chain-1"}, ..,
+     "sampled": {"rate": .., "best": .., ..}}                  of sampled requests; without it, the same for both
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jeagle.acceptance import LOOKUP_SHARE, Rates
-from jeagle.tree import StaticTree, parse_tree
+from jeagle.tree import StaticTree, TreePlan, parse_tree
 
-__all__ = ["TreeTable"]
+__all__ = ["Plans", "Searched", "TreeTable"]
 
 NAME = "trees.json"
 
 
-@dataclass(frozen=True)
-class TreeTable:
+class Searched(NamedTuple):
     rates: Rates
     best: dict[int, StaticTree]  # the fastest tree by batch size, plain decoding among them
+
+    @classmethod
+    def read(cls, found: Any) -> Searched:
+        rate_DC, rate_D = np.array(found["rate"], float), np.array(found.get("lookup_rate", []), float)
+        share = float(found.get("lookup_share", LOOKUP_SHARE))
+        parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
+        best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
+        inside = all(((x >= 0) & (x <= 1)).all() for x in (rate_DC, rate_D, np.array(share)))
+        if rate_DC.ndim != 2 or rate_D.ndim != 1 or not inside:
+            raise ValueError("rates must be rows of numbers in 0..1")
+        if not best or len(best) < len(parsed):
+            raise ValueError("best must name a static tree for a batch size at least")
+        return cls(Rates(rate_DC, share, rate_D), best)
+
+
+@dataclass(frozen=True)
+class TreeTable:
+    greedy: Searched
+    sampled: Searched
     device: str = ""  # what they were timed on, JAX's device kind first
 
     @classmethod
@@ -35,18 +57,28 @@ class TreeTable:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            rate_DC, device = np.array(found["rate"], float), str(found.get("device", ""))
-            share, rate_D = (
-                float(found.get("lookup_share", LOOKUP_SHARE)),
-                np.array(found.get("lookup_rate", []), float),
-            )
-            parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
-            best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
-            inside = all(((x >= 0) & (x <= 1)).all() for x in (rate_DC, rate_D, np.array(share)))
-            if rate_DC.ndim != 2 or rate_D.ndim != 1 or not inside:
-                raise ValueError("rates must be rows of numbers in 0..1")
-            if not best or len(best) < len(parsed):
-                raise ValueError("best must name a static tree for a batch size at least")
+            greedy, sampled = (Searched.read(each) for each in (found, found.get("sampled", found)))
+            return cls(greedy, sampled, str(found.get("device", "")))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no table of trees ({type(error).__name__}: {error}); remove it") from None
-        return cls(Rates(rate_DC, share, rate_D), best, device)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What to draft by batch size, of greedy batches and of those in which any row has a temperature."""
+
+    greedy: Mapping[int, TreePlan]
+    sampled: Mapping[int, TreePlan]
+
+    @classmethod
+    def always(cls, plan: TreePlan) -> Plans:
+        return cls({1: plan}, {1: plan})
+
+    @property
+    def largest(self) -> TreePlan:
+        return max((*self.greedy.values(), *self.sampled.values()), key=lambda plan: plan.num_nodes)
+
+    def at(self, batch: int, sampled: bool) -> TreePlan:
+        """The plan of the nearest size, of two as near the larger: what pays there pays with fewer rows."""
+        plans = self.sampled if sampled else self.greedy
+        return plans[min(plans, key=lambda size: (abs(math.log(size / batch)), -size))]

@@ -1,7 +1,7 @@
 """Which draft tree is fastest, batch size by batch size, on this machine with this head?
 
     python scripts/search_tree.py MODEL HEAD --prompts scripts/prompts/mt_bench.jsonl --limit 16 --out trees.json
-    python scripts/search_tree.py MODEL HEAD --prompts A.jsonl --batch 1 4 16 --nodes 2 4 8 16 --depths 1 2 3 5
+    python scripts/search_tree.py MODEL HEAD --prompts A.jsonl --temperature 0 1 --batch 1 4 16 --nodes 2 4 8 16
 
 Three steps. (1) The questions are answered under a wide tree, and the target's choices counted: how often it takes the
 head's child of each rank at each depth, its parent being taken. Parents are first children; other ones are taken to
@@ -16,20 +16,23 @@ tokens over seconds.
 **Speed-up** is over plain decoding at the same batch size, of the decode rounds alone. **best** is the fastest, or
 plain decoding ("off") where no tree promises --gain over it: batches have turned out less even than drawn ones.
 
-Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree="dispatch")`` begins with
-(jeagle/tree_table.py); it is a cost table, too, for ``Dispatch(candidates=[...], costs="trees.json")``.
+Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree="auto")`` drafts and
+``LLM(tree="dispatch")`` begins with (jeagle/tree_table.py), where two temperatures are given for greedy and for sampled
+requests; it is a cost table, too, for ``Dispatch(candidates=[...], costs="trees.json")``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, load_questions, write_result
-from rich.console import Console
-from rich.table import Table
+from common import environment, exit_code, load_questions
+from reporting import check_outputs, make_console, new_table
+from rich.markup import escape
 
 from jeagle import LLM, SamplingParams
 from jeagle.acceptance import Acceptance, Rates
@@ -87,23 +90,52 @@ def rows_of(rates: Rates, calls_R: np.ndarray, batch: int, measured: dict[Static
     return sorted(map(row, seconds), key=lambda r: -r["speedup"])
 
 
-def print_rows(console: Console, batch: int, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"batch {batch}", title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "tree" else "right")
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    names = list(rows[0])
+    table = new_table(*names, title=title, right=[name for name in names if name != "tree"])
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else escape(str(value)) for value in row.values()))
+    make_console().print(table)
 
 
-def main() -> None:
+def search(llm: LLM, prompts: list[list[int]], temperature: float, args: argparse.Namespace) -> dict[str, Any]:
+    """All three steps, and what they found."""
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=0)
+    acceptance, calls_R = counted(llm, prompts, params)
+    rates = acceptance.rates
+    found_trees = best_trees(rates.rate_DC, args.nodes, args.depths)
+    trees = list(dict.fromkeys([OFF, *(StaticTree((), n - 1) for n in args.nodes), *map(with_lookup, found_trees)]))
+    program = Program(filters=Filters.needed([params]))
+    settings = [Setting(batch, args.capacity, temperature > 0) for batch in args.batch]
+    costs = CostTable({s: measure_rounds(llm._decoder, program, trees, s) for s in settings})
+    found = {s.batch: rows_of(rates, calls_R, s.batch, costs.seconds(s)) for s in settings}
+    for batch, rows in found.items():
+        print_rows(f"temperature {temperature:g}, batch {batch}", rows)
+    return dict(
+        temperature=temperature,
+        rate=rates.rate_DC.tolist(),
+        lookup_share=rates.lookup_share,
+        lookup_rate=rates.lookup_rate_D.tolist(),
+        tried=acceptance.tried_DC.tolist(),
+        lookup_tried=acceptance.looked_tried_D.tolist(),
+        tokens_per_call=calls_R.tolist(),
+        best={b: rows[0]["tree"] if rows[0]["speedup"] >= 1 + args.gain else "off" for b, rows in found.items()},
+        trees=found,
+        rounds=costs.rows(),
+    )
+
+
+def main() -> int:
+    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="converted checkpoint, HF directory, hub name or .gguf")
     parser.add_argument("head", help="EAGLE head, in the same forms or by name")
     parser.add_argument("--prompts", required=True, help="questions, a JSON-lines file")
     parser.add_argument("--limit", type=int, help="ask only so many, spread evenly over the file")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[0.0], help="0, another, or both: first 0, then sampled answers"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; half are the context")
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="most nodes, the root included")
@@ -111,48 +143,29 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8, help="children per node of the wide tree")
     parser.add_argument("--gain", type=float, default=0.1, help="what a tree must promise over plain decoding")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
-    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the JSON here")
     args = parser.parse_args()
 
-    here = environment()
-    wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)
-    llm = LLM(args.model, args.head, tree=always(wide), dtype=args.dtype)
-    questions = load_questions(args.prompts, args.limit)
-    prompts = [llm.apply_chat_template([{"role": "user", "content": q.turns[0]}]) for q in questions]
-    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=0)
-    acceptance, calls_R = counted(llm, prompts, params)
-    rates = acceptance.rates
-
-    found_trees = best_trees(rates.rate_DC, args.nodes, args.depths)
-    trees = list(dict.fromkeys([OFF, *(StaticTree((), n - 1) for n in args.nodes), *map(with_lookup, found_trees)]))
-    program = Program(filters=Filters.needed([params]))
-    settings = [Setting(batch, args.capacity, args.temperature > 0) for batch in args.batch]
-    costs = CostTable({s: measure_rounds(llm._decoder, program, trees, s) for s in settings})
-    console = Console()
-    found = {s.batch: rows_of(rates, calls_R, s.batch, costs.seconds(s)) for s in settings}
-    for batch, rows in found.items():
-        print_rows(console, batch, rows)
-    if args.out:
+    def measure() -> dict[str, Any]:
+        first, *more = args.temperature
+        if len(more) > 1 or (more and (first != 0 or more[0] == 0)):
+            raise ValueError(f"--temperature takes one number, or 0 and another, got {args.temperature}")
+        check_outputs(args.out, None)
+        here = environment()
+        wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)
+        llm = LLM(args.model, args.head, tree=always(wide), dtype=args.dtype)
+        questions = load_questions(args.prompts, args.limit)
+        prompts = [llm.apply_chat_template([{"role": "user", "content": q.turns[0]}]) for q in questions]
+        about = dict(model=args.model, head=args.head, prompts=args.prompts, answers=len(prompts))
         result = dict(
-            **here,
-            model=args.model,
-            head=args.head,
-            prompts=args.prompts,
-            answers=len(prompts),
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            rate=rates.rate_DC.tolist(),
-            lookup_share=rates.lookup_share,
-            lookup_rate=rates.lookup_rate_D.tolist(),
-            tried=acceptance.tried_DC.tolist(),
-            lookup_tried=acceptance.looked_tried_D.tolist(),
-            tokens_per_call=calls_R.tolist(),
-            best={b: rows[0]["tree"] if rows[0]["speedup"] >= 1 + args.gain else "off" for b, rows in found.items()},
-            trees=found,
-            rounds=costs.rows(),
+            script="search_tree", **here, **about, max_tokens=args.max_tokens, **search(llm, prompts, first, args)
         )
-        write_result(args.out, result)
+        for temperature in more:
+            result["sampled"] = search(llm, prompts, temperature, args)
+        return result
+
+    return exit_code(measure, out=args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

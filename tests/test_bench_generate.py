@@ -14,8 +14,9 @@ import pytest
 import tiny_tokenizer
 from reciter import make_head, reciting_pair
 
-from jeagle import EagleConfig
+from jeagle import EagleConfig, costs
 from jeagle.checkpoint_writer import save
+from jeagle.tree_table import TreeTable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -25,6 +26,7 @@ import bench_steady
 import common
 import measuring
 import reporting
+import search_tree
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,23 @@ def run(monkeypatch, tmp_path, capsys):
         return result, printed
 
     return run
+
+
+def test_search_tree(run, files, tmp_path, monkeypatch):
+    """What it finds is what ``LLM`` reads beside a head. The head is always right, at any temperature."""
+    monkeypatch.setattr(costs, "LAUNCHES", 1)
+    options = ["--prompts", files["prompts"], "--temperature", "0", "1", "--batch", "1", "--capacity", "64"]
+    options += ["--nodes", "3", "--depths", "2", "--ranks", "2", "--max-tokens", "40"]
+    result, printed = run(search_tree, files["target"], files["head"], *options)
+    assert "temperature 0, batch 1" in printed and "temperature 1, batch 1" in printed
+    for found, sampled in ((result, False), (result["sampled"], True)):
+        assert found["rate"][0][0] > 0.7 and found["temperature"] == sampled
+        assert {row["tree"] for row in found["trees"]["1"]} == {"off", "lookup-2", "chain-2+lookup"}
+        assert [row["sampled"] for row in found["rounds"]] == [sampled]
+    (tmp_path / "result.json").rename(tmp_path / "trees.json")
+    table = TreeTable.of_head(tmp_path)
+    assert table is not None and table.greedy.rates.rate_DC.tolist() == result["rate"]
+    assert table.sampled.rates.lookup_share == result["sampled"]["lookup_share"]
 
 
 @pytest.fixture(autouse=True)

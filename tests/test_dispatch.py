@@ -301,7 +301,7 @@ def test_a_head_brings_its_trees_and_rates(tmp_path) -> None:
     found = dict(rate=[[0.9, 0.05], [0.8, 0.1]], best={"1": "chain-3", "8": "chain-1"})
     (tmp_path / "trees.json").write_text(json.dumps(found))
     table = TreeTable.of_head(tmp_path)
-    assert table is not None and table.best == {1: CHAIN_3, 8: CHAIN_1}
+    assert table is not None and table.greedy.best == table.sampled.best == {1: CHAIN_3, 8: CHAIN_1}
     d = Dispatcher(Dispatch(trees=table))
     assert d.plans == (OFF, CHAIN_3, CHAIN_1)
     rate_DC = d.acceptance[True].rate_DC
@@ -317,7 +317,28 @@ def test_the_shipped_head_has_a_table() -> None:
     directory = heads.find(name)
     assert directory is not None
     table = TreeTable.of_head(directory)
-    assert table is not None and table.best[1] != OFF
+    assert table is not None and table.greedy.best[1] != OFF
+
+
+def test_sampled_requests_have_a_table_of_their_own(tmp_path) -> None:
+    sampled = dict(rate=[[0.4]], lookup_share=0.05, lookup_rate=[0.5], best={"1": "chain-1+lookup", "8": "off"})
+    found = dict(
+        rate=[[0.6]], lookup_share=0.4, lookup_rate=[0.9], best={"1": "chain-3"}, device="cpu", sampled=sampled
+    )
+    head = save(markov_head(markov_target()), tmp_path / "head")
+    (head / "trees.json").write_text(json.dumps(found))
+    d = Dispatcher(Dispatch(trees=TreeTable.of_head(head)))
+    looked = parse_tree("chain-1+lookup")
+    assert d.plans == (OFF, parse_tree("lookup-1"), CHAIN_3, looked)
+    greedy, other = (d.acceptance[sampled].rates for sampled in (False, True))
+    assert (greedy.rate_DC[0, 0], other.rate_DC[0, 0]) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert (greedy.lookup_share, other.lookup_share) == (pytest.approx(0.4), pytest.approx(0.05))
+    llm = LLM(markov_target(), head, cache_dir=tmp_path)
+    assert [llm.plan_for(batch) for batch in (1, 8)] == [CHAIN_3, CHAIN_3]
+    assert [llm.plan_for(batch, sampled=True) for batch in (1, 8)] == [looked, OFF]
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=1, ignore_eos=True)
+    (out,), (plain,) = (llm.generate([1, 2], params, speculative=s, use_tqdm=False) for s in (True, False))
+    assert set(out.metrics.rounds_by_tree) == {"chain-1+lookup"} and out.outputs == plain.outputs
 
 
 @pytest.mark.parametrize(
