@@ -111,7 +111,8 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
     given = None
     if program.looks_up:
         asked_B = state.lookup_B & running_B
-        tree, looked_B = lookup.propose(state.text_BS, state.length_B, remaining_B, asked_B, plan=program.plan)
+        texts, temperature_B = (state.text_BS, state.length_B), state.sampling.temperature_B
+        tree, looked_B = lookup.propose(*texts, remaining_B, asked_B, temperature_B, plan=program.plan)
         given = tree, looked_B | ~running_B
     pending_kv = None
     if state.draft is not None and head is not None and program.drafts:

@@ -93,14 +93,14 @@ class Dispatch:
 
     @property
     def plans(self) -> tuple[StaticTree, ...]:
-        """The candidates, each once, plain decoding first, then what is left of them without a head."""
+        """The candidates, each once, plain decoding first."""
         given = self.candidates
         if given is None:
             given = CANDIDATES
             if self.trees is not None:
                 given = (*self.trees.greedy.best.values(), *self.trees.sampled.best.values())
         parsed = [plan for plan in map(parse_tree, given) if isinstance(plan, StaticTree)]
-        return tuple(dict.fromkeys([OFF, *(_alone(plan) for plan in parsed if plan.lookup), *parsed]))
+        return tuple(dict.fromkeys([OFF, *parsed]))
 
 
 class Choice(NamedTuple):
@@ -132,6 +132,8 @@ class Dispatcher:
     def __init__(self, dispatch: Dispatch, *, directory: Path | None = None):
         """directory: where measured costs are kept; None keeps none."""
         self.plans = dispatch.plans
+        # Of no candidate, but needed to judge them: rounds in which all rows look up.
+        self._timed = tuple(dict.fromkeys((*self.plans, *(_alone(plan) for plan in self.plans if plan.lookup))))
         self._options = dispatch
         self._directory = directory
         given = dispatch.costs
@@ -170,29 +172,29 @@ class Dispatcher:
             path = None if self._directory is None else self._directory / file_name(environment)
             stored = self._stored = self._stored or _read(path)
             row = stored.rounds.get(setting, {})
-            known = agreed([row.get(plan, np.nan) for plan in self.plans])
+            known = agreed([row.get(plan, np.nan) for plan in self._timed])
             if np.isnan(known).any():
-                log.info("measuring %d trees at batch %d", len(self.plans), setting.batch)
-                measured = measure_rounds(decoder, program, self.plans, setting)
-                known = agreed([measured[plan] for plan in self.plans])
+                log.info("measuring %d trees at batch %d", len(self._timed), setting.batch)
+                measured = measure_rounds(decoder, program, self._timed, setting)
+                known = agreed([measured[plan] for plan in self._timed])
                 stored.rounds[setting] = {**row, **measured}
                 if path is not None and jax.process_index() == 0:
                     save_costs(path, stored, environment)
-            self._table.rounds[setting] = dict(zip(self.plans, known))
+            self._table.rounds[setting] = dict(zip(self._timed, known))
             self._seconds.clear()
 
     def seconds(self, setting: Setting) -> dict[StaticTree, float]:
-        """Of a round under each candidate."""
+        """Of a round under each candidate, and of lookups alone where they have been timed."""
         if setting not in self._seconds:
             seconds = self._table.seconds(setting if self._given is None else self._table.nearest(setting))
-            self._seconds[setting] = {plan: seconds[plan] for plan in self.plans}
+            self._seconds[setting] = {plan: seconds[plan] for plan in self._timed if plan in seconds}
         return self._seconds[setting]
 
     def values(self, setting: Setting) -> dict[StaticTree, float]:
         """Expected tokens per second of each row under each candidate, over a batch's whole course."""
         rates, evenness = self.acceptance[setting.sampled].rates, self._evenness.get(setting, 1.0)
         seconds = seconds_with_lookups(self.seconds(setting), rates.lookup_share**setting.batch)
-        return {plan: rates.tokens(plan) / s * (1.0 if plan == OFF else evenness) for plan, s in seconds.items()}
+        return {plan: rates.tokens(plan) / seconds[plan] * (1.0 if plan == OFF else evenness) for plan in self.plans}
 
     def choose(self, setting: Setting) -> Choice:
         """The tree of the next launch."""

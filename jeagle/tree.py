@@ -199,9 +199,7 @@ def with_lookup[P: StaticTree | DynamicTree](plan: P, length: int | None = None)
     return dataclasses.replace(plan, lookup=min(room, LONGEST) if length is None else length)
 
 
-# A longer chain costs a head's extend a position each, and rarely lasts: on SmolLM2's greedy answers, where 8 tokens
-# were to be had, lookups kept 3 (scripts/results/eval_acceptance_smollm2_lookup.json).
-LONGEST = 8
+LONGEST = 8  # each token more is a position more in every extend of a head, and few are kept beyond
 
 NAMED_TREES: dict[str, TreePlan] = {
     "off": OFF,

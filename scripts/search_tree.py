@@ -8,8 +8,8 @@ head's child of each rank at each depth, its parent being taken. Parents are fir
 have children as good. Rows whose text repeats itself are drafted from it (jeagle/lookup.py), and counted apart: how
 many rounds do, and how far it goes. (2) For every size and depth the tree with the most expected tokens is found
 (Sequoia, arXiv:2402.12374; jeagle/tree_search.py), and given lookups of as many tokens. (3) A round of each is timed at
-each batch size (jeagle/costs.py), lookups alone and plain decoding beside them, and tokens per second are expected
-tokens over seconds.
+each batch size (jeagle/costs.py), plain decoding beside them, and lookups alone, which is what a round takes where all
+rows look up; tokens per second are expected tokens over seconds.
 
 **Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1.
 **Evenness** is what a batch's slowest row leaves of them (``evenness`` below): rows that are done wait for the others.
@@ -66,12 +66,12 @@ def evenness(calls_R: np.ndarray, tokens: float, batch: int, draws: int = 1000) 
 
 def always(plan: StaticTree) -> Dispatch:
     """A dispatcher that counts and never chooses another tree: by its table all others take an hour."""
-    costs = CostTable({Setting(1, 1, False): {OFF: 3600.0, StaticTree((), plan.lookup): 3600.0, plan: 1e-3}})
+    costs = CostTable({Setting(1, 1, False): {OFF: 3600.0, plan: 1e-3}})
     return Dispatch(candidates=[plan], costs=costs, probe_share=0.0, half_life=np.inf)
 
 
 def rows_of(rates: Rates, calls_R: np.ndarray, batch: int, measured: dict[StaticTree, float]) -> list[dict[str, Any]]:
-    """A row per tree, the fastest first."""
+    """A row per tree, the fastest first. measured: lookups alone among them, which other rates hold of."""
     seconds = seconds_with_lookups(measured, rates.lookup_share**batch)
 
     def row(plan: StaticTree) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def rows_of(rates: Rates, calls_R: np.ndarray, batch: int, measured: dict[Static
             speedup=tokens * even * seconds[OFF] / seconds[plan],
         )
 
-    return sorted(map(row, seconds), key=lambda r: -r["speedup"])
+    return sorted((row(plan) for plan in seconds if plan == OFF or plan.levels), key=lambda r: -r["speedup"])
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -14,23 +14,23 @@ from test_exactness import BUSH, CONFIG, DYNAMIC, Bench, batches, markov_head, m
 
 from jeagle import LLM, SamplingParams
 from jeagle.decode import DecodeState
-from jeagle.lookup import LEAST, MOST, look_up, propose
-from jeagle.tree import OFF, StaticTree, TreePlan, with_lookup
+from jeagle.lookup import LEAST, LEAST_SAMPLED, MOST, look_up, propose
+from jeagle.tree import OFF, StaticTree, Tree, TreePlan, with_lookup
 
 LOOKUP = StaticTree((), lookup=5)
 find = jax.jit(look_up, static_argnames="length")
 
 
-def searched(text: list[int], length: int) -> list[int] | None:
-    """What followed the longest repeated end of a text, its latest place; None where less than LEAST repeats."""
-    for alike in range(MOST, LEAST - 1, -1):
+def searched(text: list[int], length: int) -> tuple[list[int], int]:
+    """What followed the longest repeated end of a text, its latest place, and how long that end is."""
+    for alike in range(MOST, 0, -1):
         for start in range(len(text) - 1, alike - 1, -1):
             if text[start - alike : start] == text[len(text) - alike :]:
                 more = list(text)
                 for i in range(length):
                     more.append(more[start + i])
-                return more[len(text) :]
-    return None
+                return more[len(text) :], alike
+    return [], 0
 
 
 @settings(max_examples=200)
@@ -39,36 +39,44 @@ def test_what_is_found(text: list[int]) -> None:
     """In texts of three words, whatever stands after their ends."""
     padded = np.full((1, 30), 1, np.int32)
     padded[0, : len(text)] = text
-    token_BK, found_B = find(jnp.asarray(padded), jnp.array([len(text) - 1]), length=6)
-    expected = searched(text, 6)
-    assert bool(found_B[0]) == (expected is not None)
-    if expected is not None:
+    token_BK, alike_B = find(jnp.asarray(padded), jnp.array([len(text) - 1]), length=6)
+    expected, alike = searched(text, 6)
+    assert int(alike_B[0]) == alike
+    if alike:
         assert token_BK[0].tolist() == expected
 
 
 def test_the_place_whose_past_is_most_alike() -> None:
     """Twice "7 8" was said, the second time after other words than now."""
     text = [5, 7, 8, 1, 2, 6, 7, 8, 3, 4, 5, 7, 8]
-    token_BK, found_B = find(jnp.array([text]), jnp.array([len(text) - 1]), length=2)
-    assert found_B.all() and token_BK.tolist() == [[1, 2]]
+    token_BK, alike_B = find(jnp.array([text]), jnp.array([len(text) - 1]), length=2)
+    assert alike_B.tolist() == [3] and token_BK.tolist() == [[1, 2]]
 
 
 def test_the_tree_of_a_row() -> None:
-    """A chain as far as the request goes, then nodes that are not valid; nothing for rows that do not ask."""
-    text = jnp.array([[1, 2, 3, 1, 2, 0, 0]] * 3 + [[1, 2, 3, 4, 5, 0, 0]], jnp.int32)
-    plan = StaticTree(BUSH.paths, lookup=4)
-    asked_B = jnp.array([True, True, False, True])
-    propose_it = jax.jit(partial(propose, plan=plan))
-    tree, found_B = propose_it(text, jnp.full(4, 4), jnp.array([9, 3, 9, 9]), asked_B)
-    assert tree.token_BT.shape == (4, BUSH.num_nodes)
-    assert found_B.tolist() == [True, True, False, False]
-    assert tree.token_BT[0, :5].tolist() == [2, 3, 1, 2, 3]
+    """A chain as far as the request goes, then nodes that are not valid; nothing for rows that do not ask, or whose
+    ends are too short to say much: a sampled row's must be longer, and without a head any will do."""
+    ends = [[1, 2, 3, 9, 1, 2, 3], [0, 0, 2, 3, 7, 2, 3], [7, 1, 2, 3, 4, 5, 6]]
+    text = jnp.pad(jnp.array([ends[0]] * 4 + ends[1:], jnp.int32), ((0, 0), (0, 2)))
+    asked_B = jnp.array([True, True, False, True, True, True])
+    temperature_B = jnp.array([0.0, 0.0, 0.0, 0.5, 0.0, 0.0])
+    remaining_B = jnp.array([9, 3, 9, 9, 9, 9])
+
+    def proposed(plan: TreePlan) -> tuple[Tree, jax.Array]:
+        return jax.jit(partial(propose, plan=plan))(text, jnp.full(6, 6), remaining_B, asked_B, temperature_B)
+
+    tree, found_B = proposed(StaticTree(BUSH.paths, lookup=4))
+    assert 2 < LEAST <= 3 < LEAST_SAMPLED
+    assert found_B.tolist() == [True, True, False, False, False, False]
+    assert tree.token_BT.shape == (6, BUSH.num_nodes)
+    assert tree.token_BT[0, :5].tolist() == [3, 9, 1, 2, 3]
     valid = np.asarray(tree.valid_BT).sum(1)
-    assert valid.tolist() == [5, 3, 1, 1]  # root and 4; 3 tokens, of which one is the bonus; the root
+    assert valid.tolist() == [5, 3, 1, 1, 1, 1]  # root and 4; 3 tokens, of which one is the bonus; the root
     assert tree.parent_BT[0].tolist() == [0, 0, 1, 2, 3, 0, 0, 0]
     assert tree.depth_BT[0].tolist() == [0, 1, 2, 3, 4, 1, 1, 1]
     mask = np.asarray(tree.mask_BTT[0])
     assert mask[4].tolist() == [True] * 5 + [False] * 3 and mask[6].nonzero()[0].tolist() == [0, 6]
+    assert proposed(LOOKUP)[1].tolist() == [True, True, False, True, True, False]
 
 
 @pytest.fixture(scope="module")
