@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +32,10 @@ from jeagle.sampling import RowSampling
 from jeagle.sharding import Layout
 
 __all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair", "precision_of", "state_axes"]
+
+# Kept on a CPU, the last used ones: each of SmolLM2's maps 500 pieces of memory, a process on Linux may have 65,530,
+# and XLA crashes where it gets none. One that comes back is read from the cache of compiled programs.
+MOST_PROGRAMS = 48
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,13 @@ class Decoder:
         self._settle = jit(on_modules(_settled), static_argnames=("attention",))
         self._fit = jax.jit(on_modules(_fitted), static_argnames=("num_path",))
         self._compiled: dict[tuple, CompiledProgram] = {}
+        self._used: dict[tuple, int] = {}  # when, on this clock
+        self._clock = itertools.count()
         self._lock = threading.Lock()
 
     @property
     def programs(self) -> list[CompiledProgram]:
-        """Every bucket compiled so far, in order."""
+        """Every bucket compiled so far, in order; on a CPU the MOST_PROGRAMS that were used last."""
         return list(self._compiled.values())
 
     def start(
@@ -288,7 +295,10 @@ class Decoder:
                 self._compiled[key] = CompiledProgram(
                     name, batch, num_pages * self.page_size, positions, program, seconds, executable
                 )
-        return self._compiled[key].executable
+            self._used[key] = next(self._clock)
+            if jax.default_backend() == "cpu" and len(self._compiled) > MOST_PROGRAMS:
+                del self._compiled[min(self._compiled, key=self._used.__getitem__)]
+            return self._compiled[key].executable
 
 
 def precision_of(dtype: jnp.dtype, platform: str | None = None) -> str | None:

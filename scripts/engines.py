@@ -33,9 +33,9 @@ class Engine:
 
     def warm_up(self, prompts: list[list[int]], params: Sequence[SamplingParams]) -> None:
         self.seconds, self.outputs = [], []
-        known = len(self.llm.compiled_programs)
+        known = self.llm.compiled_programs
         compiled_before(self.llm, lambda: self._generate(prompts, params))
-        self.compile_seconds = sum(p.seconds for p in self.llm.compiled_programs[known:])
+        self.compile_seconds = sum(p.seconds for p in self.llm.compiled_programs if p not in known)
 
     def run(self, prompts: list[list[int]], params: Sequence[SamplingParams]) -> None:
         def timed() -> tuple[float, list[RequestOutput]]:

@@ -102,9 +102,9 @@ def memory_now() -> int:
 
 def compiled_before[T](llm: LLM, run: Callable[[], T]) -> T:
     """What ``run`` returns, of a run that compiled nothing: one that did is made again."""
-    before: int | None = None
-    while before != len(llm.compiled_programs):
-        before = len(llm.compiled_programs)
+    before = None
+    while before != llm.compiled_programs:
+        before = llm.compiled_programs
         result = run()
     return result
 

@@ -94,6 +94,24 @@ def test_fp8_caches_and_their_scales_are_updated_in_place() -> None:
         assert memory.temp_size_in_bytes < layer
 
 
+def test_a_process_holds_so_many_programs(monkeypatch) -> None:
+    """The last used; what comes back is compiled again, and says the same."""
+    monkeypatch.setattr("jeagle.decoder.MOST_PROGRAMS", 3)
+    llm = make_llm(tree="chain-2")
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+
+    def tokens(batch: int) -> list[list[int]]:
+        outputs = llm.generate([[1, 2, 3]] * batch, params, use_tqdm=False)
+        return [out.outputs[0].token_ids for out in outputs]
+
+    first = tokens(1)
+    assert [(p.name, p.batch) for p in llm.compiled_programs] == [("prefill", 1), ("decode", 1)]
+    second = tokens(2)
+    assert [(p.name, p.batch) for p in llm.compiled_programs] == [("decode", 1), ("prefill", 2), ("decode", 2)]
+    assert tokens(1) == first and tokens(2) == second == first * 2
+    assert len(llm.compiled_programs) == 3
+
+
 def test_nothing_leaves_the_device_inside_the_loop(decoder: Decoder) -> None:
     hlo = compiled(decoder, StaticTree.chain(3), Filters(sample=True, top_p=True)).executable.as_text()
     assert " while(" in hlo
