@@ -35,9 +35,13 @@ class Rates:
         drafted = expected_tokens(plan, self.rate_DC)
         if not plan.lookup:
             return drafted
+        looked = 1 + float(np.cumprod(self.lookup_rates(plan.lookup)).sum())
+        return (1 - self.lookup_share) * drafted + self.lookup_share * looked
+
+    def lookup_rates(self, depth: int) -> np.ndarray:
+        """Of the first ``depth`` looked-up tokens."""
         known_D = self.lookup_rate_D if len(self.lookup_rate_D) else np.array([LOOKUP_RATE])
-        rate_D = np.pad(known_D, (0, max(0, plan.lookup - len(known_D))), mode="edge")[: plan.lookup]
-        return (1 - self.lookup_share) * drafted + self.lookup_share * float(1 + np.cumprod(rate_D).sum())
+        return np.pad(known_D, (0, depth), mode="edge")[:depth]
 
 
 class Acceptance:
@@ -86,9 +90,7 @@ class Acceptance:
     @property
     def rates(self) -> Rates:
         prior = self._prior
-        known_D = prior.lookup_rate_D if len(prior.lookup_rate_D) else np.array([LOOKUP_RATE])
-        prior_D = np.pad(known_D, (0, len(self.looked_tried_D)), mode="edge")[: len(self.looked_tried_D) - 1]
-        prior_D = np.concatenate([[prior.lookup_share], prior_D])
+        prior_D = np.array([prior.lookup_share, *prior.lookup_rates(len(self.looked_tried_D) - 1)])
         rate_D = (self.looked_kept_D + PRIOR_TRIES * prior_D) / (self.looked_tried_D + PRIOR_TRIES)
         return Rates(self.rate_DC, float(rate_D[0]), rate_D[1:])
 

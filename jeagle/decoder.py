@@ -297,7 +297,8 @@ class Decoder:
                 )
             self._used[key] = next(self._clock)
             if jax.default_backend() == "cpu" and len(self._compiled) > MOST_PROGRAMS:
-                del self._compiled[min(self._compiled, key=self._used.__getitem__)]
+                oldest = min(self._used, key=self._used.__getitem__)
+                del self._compiled[oldest], self._used[oldest]
             return self._compiled[key].executable
 
 

@@ -44,7 +44,7 @@ __all__ = ["CANDIDATES", "Choice", "Dispatch", "Dispatcher", "seconds_with_looku
 
 log = logging.getLogger("jeagle")
 
-CANDIDATES = tuple(f"{tree}+lookup" for tree in ("off", "chain-1", "chain-2", "chain-3", "chain-5", "bush-8"))
+CANDIDATES = tuple(f"{tree}+lookup" for tree in ("chain-1", "chain-2", "chain-3", "chain-5", "bush-8"))
 PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
 NEWEST = 0.3  # weight of the batch that has just ended in what is known of evenness
 FORGET = 0.05  # of it, with every batch that did not draft: text changes
