@@ -20,9 +20,8 @@ from jeagle.tree import Tree, TreePlan
 __all__ = ["look_up", "propose"]
 
 # Tokens that must have stood together before. With fewer the head's guess is the better one, above all in sampled text,
-# where it knows the noise: over 24 questions that SmolLM2 made up, greedy, a chain of 4 had 2.73 tokens per call
-# without lookups, 2.82 where two tokens had to agree and 2.84 where three; sampled at 1 1.89 in any case. Where there
-# is no head, one token will do, as the nodes are verified anyway.
+# where it knows the noise; chosen by eval_acceptance.py on scripts/data/smollm2-questions.jsonl. Where there is no
+# head, one token will do, as the nodes are verified anyway.
 LEAST_ALONE, LEAST, LEAST_SAMPLED = 1, 3, 5
 MOST = 8  # and how many are compared, to prefer the place whose past is most alike
 
