@@ -127,9 +127,9 @@ def compile_loop(
     )
     shardings = jax.tree.map(layout.sharding, state_axes(state), is_leaf=sharding.is_axes)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    rounds = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding(()))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding(()))
     with use_abstract_mesh(mesh.abstract_mesh):  # the Triton lowerings ask it which GPU they compile for
-        traced = decoder.jitted_launch.trace(decoder.params, placed, rounds, program=program)
+        traced = decoder.jitted_launch.trace(decoder.params, placed, number, number, program=program)
         compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     body = _loop_body(compiled.as_text())

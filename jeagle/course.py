@@ -1,4 +1,4 @@
-"""A batch under way: prefill, launch after launch, perhaps under changing trees, and what each did for each row."""
+"""A batch under way: prefills, launch after launch, perhaps under changing trees, and what each did for each row."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class Course:
     """
 
     def __init__(self, decoder: Decoder, program: Program, bucket: Bucket, dispatcher: Dispatcher | None = None):
-        self._decoder, self._program, self._bucket, self._dispatcher = decoder, program, bucket, dispatcher
+        self.bucket = bucket
+        self._decoder, self._program, self._dispatcher = decoder, program, dispatcher
         self._setting = Setting(bucket.batch, bucket.capacity, program.filters.sample)
         self._state: DecodeState | None = None
         self._counted: tuple[np.ndarray, ...] | None = None  # what the last look saw of this tree's counts
         self._most: int | None = None  # rounds that the tree was chosen for; None for any number
         self._held = 0  # and how many of them it has had
+        self._refilled = False
         self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name
         self.acceptance_BP = np.zeros((bucket.batch, 1), int)  # as in ``DecodeState``, over all trees
         self.looked_BP = np.zeros((bucket.batch, 1), int)  # likewise
@@ -70,25 +72,37 @@ class Course:
         """The acceptance that drafts were forced to, see ``verify.force``."""
         return self._program.profile
 
-    def start(self, batch: Batch) -> DecodeState:
-        """Prefill. The first launch's tree is chosen here: what begins plainly need not fill the head's cache."""
-        self._choose()
-        shapes = dict(capacity=self._bucket.capacity, chunk=self._bucket.chunk, rows=self._bucket.rows)
-        self._state = self._decoder.start(batch, self._program, **shapes)
+    def seat(self, batch: Batch, places: np.ndarray) -> DecodeState:
+        """Prefill the rows of ``batch`` that have ``places`` (int [n], ascending): all that are to be served, or after
+        the first time such as take the places of finished ones. What is counted by row begins anew for them.
+
+        The first launch's tree is chosen here: what begins plainly need not fill the head's cache.
+        """
+        shapes = dict(chunk=self.bucket.chunk, rows=self.bucket.rows)
+        if self._state is None:
+            self._choose()
+            self._state = self._decoder.start(batch, self._program, capacity=self.bucket.capacity, **shapes)
+            return self._state
+        self._refilled = True
+        self._state = self._decoder.refill(self._state, self._program, batch, places, **shapes)
+        for counts in (*self.rounds_by_tree.values(), self.acceptance_BP, self.looked_BP, *(self._counted or ())):
+            counts[places] = 0
         return self._state
 
-    def advance(self, most_rounds: int) -> Look:
-        """One launch of up to ``most_rounds`` rounds, under whichever tree is best now."""
+    def advance(self, most_rounds: int, least_running: int = 1) -> Look:
+        """One launch, under whichever tree is best now: up to ``most_rounds`` rounds, as long as ``least_running`` rows
+        have not finished."""
         if self._held >= (self._most or PROBE_ROUNDS):  # streams, which launch single rounds, ask no more often
             self._choose()
         rounds = most_rounds if self._most is None else min(most_rounds, self._most - self._held)
         self._held += rounds
-        state = self._state = self._decoder.launch(self.state, self._program, rounds)
+        state = self._state = self._decoder.launch(self.state, self._program, rounds, least_running)
         look = state.finish_B, state.num_output_B, state.num_rounds_B
         look, counts = fetch((look, (state.acceptance_BP, state.looked_BP, state.tried_BN, state.kept_BN)))
         self._count(*counts)
         seen = Look(*look)
-        if self._dispatcher is not None and (seen.finish_B > 0).all():
+        # Where others took the places of those that had finished, nobody waited for the slowest.
+        if self._dispatcher is not None and (seen.finish_B > 0).all() and not self._refilled:
             by_tree = {name: int(rounds_B.sum()) for name, rounds_B in self.rounds_by_tree.items()}
             drafted = 1 - by_tree.get(tree_name(OFF), 0) / max(1, sum(by_tree.values()))
             self._dispatcher.ended(self._setting, seen.num_output_B, seen.num_rounds_B, drafted)

@@ -219,13 +219,18 @@ def round_step(target: Llama, head: EagleHead | None, state: DecodeState, progra
 
 
 def launch(
-    target: Llama, head: EagleHead | None, state: DecodeState, most_rounds: jax.Array, program: Program
+    target: Llama,
+    head: EagleHead | None,
+    state: DecodeState,
+    most_rounds: jax.Array,
+    least_running: jax.Array,
+    program: Program,
 ) -> DecodeState:
-    """Rounds until every row has finished or ``most_rounds`` have run."""
+    """Rounds until fewer than ``least_running`` rows are unfinished, or ``most_rounds`` have run. Both int32 []."""
 
     def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         rounds, state = carry
-        return (rounds < most_rounds) & jnp.any(state.finish_B == 0)
+        return (rounds < most_rounds) & (jnp.sum(state.finish_B == 0) >= least_running)
 
     def one_round(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         rounds, state = carry

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,7 @@ class Decoder:
         self.jitted_launch = jit(on_modules(launch), static_argnames=("program",))
         self._settle = jit(on_modules(_settled), static_argnames=("attention",))
         self._fit = jax.jit(on_modules(_fitted), static_argnames=("num_path",))
+        self._replace = jit(on_modules(_replaced))
         self._compiled: dict[tuple, CompiledProgram] = {}
         self._used: dict[tuple, int] = {}  # when, on this clock
         self._clock = itertools.count()
@@ -120,8 +122,26 @@ class Decoder:
         ``rows`` at a time run side by side, as far as the longest of them; None is all. Returns the state before the
         first round.
         """
-        caches = self._fill(batch, program, capacity, chunk, rows or len(batch.max_tokens_B))
+        B = len(batch.max_tokens_B)
+        caches = self._filled(self.empty_caches(B, program, capacity), batch, program, np.arange(B), chunk, rows or B)
         return self.first_state(caches, batch, program, capacity)
+
+    def refill(
+        self, state: DecodeState, program: Program, batch: Batch, places: np.ndarray, *, chunk: int, rows: int
+    ) -> DecodeState:
+        """The rows of ``batch`` that have ``places`` (int [n], ascending), prefilled, in place of ``state``'s; all
+        others go on. ``program``, and the shapes of ``batch``, are those that ``state`` has been running under."""
+        B, draft, head = len(state.finish_B), state.draft, self.head_config
+        feature_BX = None
+        if draft is not None and head is not None:
+            feature_BX = self._created(partial(jnp.zeros, (B, head.feature_width), self.dtype))
+        caches = Caches(state.cache, None if draft is None else draft.cache, feature_BX, state.page_table_BM)
+        caches = self._filled(caches, batch, program, places, chunk, rows)
+        new = self.first_state(caches, batch, program, state.text_BS.shape[1] - 1)
+        fresh_B = np.zeros(B, bool)
+        fresh_B[places] = True
+        (old_rows, _), (new_rows, put_back) = _rows_apart(state), _rows_apart(new)
+        return put_back(self._replace(self.params, old_rows, new_rows, self.put(fresh_B)))
 
     def first_state(self, caches: Caches, batch: Batch, program: Program, capacity: int) -> DecodeState:
         """The state before the first round, of caches that hold the prompts but for their last tokens."""
@@ -251,30 +271,39 @@ class Decoder:
         shardings = jax.tree.map(self.layout.sharding, axes, is_leaf=sharding.is_axes)
         return jax.jit(create, out_shardings=shardings)(*args)
 
-    def _fill(self, batch: Batch, program: Program, capacity: int, chunk: int, rows: int) -> Caches:
+    def _filled(
+        self, caches: Caches, batch: Batch, program: Program, places: np.ndarray, chunk: int, rows: int
+    ) -> Caches:
+        """``caches`` with the prompts of ``places`` in them, ``rows`` at a time."""
         prompt_B = batch.num_prompt_B
-        caches = self.empty_caches(len(prompt_B), program, capacity)
-        for first in range(0, len(prompt_B), rows):
-            prompts, length_B = batch.prompts[first : first + rows], prompt_B[first : first + rows]
-            num_chunks = -(-(int(length_B.max()) - 1) // chunk)
-            token_BT = np.zeros((len(length_B), num_chunks * chunk + 1), np.int32)
-            for row, prompt in zip(token_BT, prompts):
+        B = len(prompt_B)
+        if rows >= B:
+            places = np.arange(B)  # as they lie, for rows may lie on several devices
+        for first in range(0, len(places), rows):
+            some = places[first : first + rows]
+            row_R = np.pad(some, (0, min(rows, B) - len(some)), constant_values=B)  # there is no row B
+            prompts = [batch.prompts[i] if i < len(batch.prompts) else np.zeros(1, np.int32) for i in row_R]
+            length_R = np.array([len(p) for p in prompts], np.int32)
+            num_chunks = -(-(int(length_R.max()) - 1) // chunk)
+            token_RT = np.zeros((len(row_R), num_chunks * chunk + 1), np.int32)
+            for row, prompt in zip(token_RT, prompts):
                 row[: len(prompt)] = prompt
             for offset in range(0, num_chunks * chunk, chunk):
                 args = (
                     caches,
-                    self.put(token_BT[:, offset : offset + chunk + 1]),
-                    self.put(np.int32(first)),
+                    self.put(token_RT[:, offset : offset + chunk + 1]),
+                    self.put(row_R.astype(np.int32)),
                     self.put(np.int32(offset)),
-                    self.put(length_B),
+                    self.put(length_R),
                 )
                 compiled = self._program("prefill", self._prefill, args, attention=program.attention)
                 caches = compiled(self.params, *args)
         return caches
 
-    def launch(self, state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
-        """Up to ``most_rounds`` rounds on the device; returns at once, the state is a promise."""
-        args = (state, self.put(np.int32(most_rounds)))
+    def launch(self, state: DecodeState, program: Program, most_rounds: int, least_running: int = 1) -> DecodeState:
+        """Up to ``most_rounds`` rounds on the device, as long as ``least_running`` rows have not finished; returns at
+        once, the state is a promise."""
+        args = (state, self.put(np.int32(most_rounds)), self.put(np.int32(least_running)))
         return self._program("decode", self.jitted_launch, args, program=program)(self.params, *args)
 
     def _program(self, name: str, jitted, args: tuple, **static) -> jax.stages.Compiled:
@@ -339,6 +368,24 @@ def _fitted(
     kept = min(num_path, token_BP.shape[1])
     more = (0, num_path - kept)
     return jnp.pad(feature_BPX[:, :kept], ((0, 0), more, (0, 0))), jnp.pad(token_BP[:, :kept], ((0, 0), more))
+
+
+def _rows_apart(state: DecodeState) -> tuple[DecodeState, Callable[[DecodeState], DecodeState]]:
+    """A state without its caches and pages: all that is left has rows first. And what puts them back."""
+    draft = state.draft
+
+    def put_back(rows: DecodeState) -> DecodeState:
+        head = None if draft is None or rows.draft is None else dataclasses.replace(rows.draft, cache=draft.cache)
+        return dataclasses.replace(rows, cache=state.cache, page_table_BM=state.page_table_BM, draft=head)
+
+    none: Any = None
+    head = None if draft is None else dataclasses.replace(draft, cache=none)
+    return dataclasses.replace(state, cache=none, page_table_BM=none, draft=head), put_back
+
+
+def _replaced(target: Llama, head: EagleHead | None, old, new, fresh_B: jax.Array):
+    """``old``'s arrays [B, ...], where ``fresh_B`` those of ``new``."""
+    return jax.tree.map(lambda a, b: jnp.where(fresh_B.reshape(-1, *[1] * (a.ndim - 1)), b, a), old, new)
 
 
 def state_axes(state):

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from jeagle import attention as attention_registry
 from jeagle.checkpoint import DTYPES, load_eagle, load_llama, read_source
-from jeagle.course import Course
+from jeagle.course import Course, Look
 from jeagle.decode import Program
-from jeagle.decoder import Batch, CompiledProgram, Decoder
+from jeagle.decoder import CompiledProgram, Decoder
 from jeagle.dispatch import Dispatch, Dispatcher
 from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
@@ -30,9 +31,10 @@ from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
 from jeagle.placement import place
-from jeagle.requests import FULL_FORWARD, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
-from jeagle.results import Finished, collect, emitted, request_output, stop_at_strings
+from jeagle.requests import FULL_FORWARD, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, queues, wanted
+from jeagle.results import request_output
 from jeagle.sampling import SamplingParams, resolve_sampler
+from jeagle.serving import Finished, emitted, serve
 from jeagle.sharding import Layout, Rules, fetch, make_mesh
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree
@@ -40,10 +42,6 @@ from jeagle.tree_table import Plans, TreeTable
 from jeagle.verify import check_profile
 
 __all__ = ["LLM"]
-
-
-# While stop strings are wanted the host looks this often; the rounds after a match are wasted.
-ROUNDS_BETWEEN_STOP_CHECKS = 8
 
 KV_CACHE_DTYPES = {"auto": None, "fp8": FP8, "fp8_e4m3": FP8}  # vLLM's names
 
@@ -65,7 +63,7 @@ class LLM:
       dtype: "auto" (as stored), "float32", "bfloat16", or "fp8": matrices of 8 bits (``jeagle/weights.py``), of a
         checkpoint converted so. Heads are FP8 where converted so, else of the dtype the target computes in.
       max_model_len: most positions of prompt and output together; None takes the model's own limit.
-      max_batch_size: rows decoded side by side; more prompts are served in turns.
+      max_batch_size: rows decoded side by side; more prompts wait, and take the places of those that finish.
       rounds_per_launch: rounds the device runs before the host looks (progress, Ctrl-C).
       prefill_chunk: most prompt positions per forward; where it pads less a half or a quarter, 64 at least.
       page_size: cache positions per page.
@@ -258,8 +256,8 @@ class LLM:
         done: dict[tuple[int, int], Finished] = {}
         shown = use_tqdm and jax.process_index() == 0
         with explained(), tqdm(total=len(rows), desc="generate", unit="row", disable=None if shown else True) as bar:
-            for group in pack(rows, self._max_batch_size):
-                for finished in self._serve(group, speculative, bar):
+            for queue in queues(rows, self._max_batch_size):
+                for finished in self._serve(queue, speculative, bar):
                     done[finished.row.request, finished.row.sample] = finished
         return [
             request_output(
@@ -305,8 +303,8 @@ class LLM:
 
     def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
         text = Detokenizer(tokenizer, row.params.stop)
-        course, batch = self._course([row], speculative)
-        course.start(batch)
+        course = self._course([row], speculative)
+        course.seat(make_batch({0: row}, course.bucket), np.arange(1))
         sent = 0
         while True:
             with explained():
@@ -337,44 +335,38 @@ class LLM:
         ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         return check_prompt(ids, params, index=index, vocab_size=self.config.vocab_size, limit=self.max_model_len)
 
-    def _course(self, rows: list[Row], speculative: bool) -> tuple[Course, Batch]:
-        """What serves a batch, and the batch."""
+    def _course(self, rows: Sequence[Row], speculative: bool) -> Course:
+        """What serves rows of one queue."""
         decoder = self._decoder
         full = FULL_FORWARD.get(jax.default_backend(), FULL_FORWARD["gpu"])
         sizes = dict(page_size=decoder.page_size, limit=self.max_model_len, full=full, shards=decoder.row_shards)
-        shapes = bucket(rows, chunks=self._chunks, **sizes)
-        batch, filters, num_logprobs = make_batch(rows, shapes.batch)
+        shapes = bucket(rows, self._max_batch_size, chunks=self._chunks, **sizes)
+        filters, num_logprobs = wanted(rows)
         plan = self.plan_for(shapes.batch, sampled=filters.sample) if speculative else OFF
         program = Program(plan, filters, num_logprobs, self._attention, self._sampler)
         if program.drafts:
             program = dataclasses.replace(program, profile=self.synthetic_acceptance)
-        return Course(decoder, program, shapes, self.dispatcher if speculative else None), batch
+        return Course(decoder, program, shapes, self.dispatcher if speculative else None)
 
-    def _serve(self, rows: list[Row], speculative: bool, bar: tqdm) -> list[Finished]:
-        """Generate for one batch."""
-        course, batch = self._course(rows, speculative)
-        began = time.perf_counter()
-        jax.block_until_ready(course.start(batch))
-        prefilled = time.perf_counter()
+    def _serve(self, queue: list[Row], speculative: bool, bar: tqdm) -> Iterator[Finished]:
+        """Generate for rows that take turns in one batch."""
+        course, began = self._course(queue, speculative), time.perf_counter()
+        tokens = rounds = 0  # of rows that have finished
 
-        texts = [Detokenizer(self.tokenizer, row.params.stop) if row.params.stop else None for row in rows]
-        rounds = min(self._rounds_per_launch, ROUNDS_BETWEEN_STOP_CHECKS) if any(texts) else self._rounds_per_launch
-        finished_before = 0
-        while True:
-            finish_B, count_B, rounds_B = course.advance(rounds)
-            if any(texts) and stop_at_strings(fetch(course.state.text_BS), rows, texts, finish_B, count_B):
-                course.end(finish_B)
-            finished = int((finish_B[: len(rows)] > 0).sum())
-            bar.update(finished - finished_before)
-            finished_before = finished
-            seconds = time.perf_counter() - prefilled
-            bar.set_postfix_str(
-                f"{count_B.sum() / seconds:.1f} tok/s, {count_B.sum() / max(1, rounds_B.sum()):.2f} tok/call"
-            )
-            if finished == len(rows):
-                break
-        spent = (prefilled - began, time.perf_counter() - prefilled)
-        return collect(rows, course, texts, spent)
+        def watch(look: Look) -> None:
+            running = look.finish_B == 0
+            all_tokens, all_rounds = (n + x[running].sum() for n, x in zip((tokens, rounds), look[1:], strict=True))
+            rate = all_tokens / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{rate:.1f} tok/s, {all_tokens / max(1, all_rounds):.2f} tok/call")
+
+        def detokenizer(row: Row) -> Detokenizer | None:
+            return Detokenizer(self.tokenizer, row.params.stop) if row.params.stop else None
+
+        places = min(course.bucket.batch, self._max_batch_size)
+        for finished in serve(course, queue, places, self._rounds_per_launch, detokenizer, watch):
+            tokens, rounds = tokens + finished.num_emitted, rounds + finished.num_rounds
+            bar.update()
+            yield finished
 
 
 def _fits(target: Llama, chunk: int) -> bool:

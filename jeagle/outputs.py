@@ -27,13 +27,13 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Counts over all n samples; seconds are wall time of the batches the request was served in."""
+    """Counts over all n samples; of seconds, the wall time of the slowest."""
 
     num_rounds: int  # target forwards after prefill
     num_emitted: int  # tokens the rounds emitted, bonus tokens included (those after a stop string too)
     acceptance_histogram: list[int]  # how many rounds kept 0, 1, 2, ... draft tokens
-    prefill_seconds: float
-    decode_seconds: float
+    prefill_seconds: float  # of the prefill it took part in
+    decode_seconds: float  # from there on until the host saw it finished, which it does after every launch
     lookup_histogram: list[int] = field(default_factory=list)  # the same of the rounds that looked their drafts up
     tree: str = "off"
     rounds_by_tree: dict[str, int] = field(default_factory=dict)  # num_rounds by the tree that served them

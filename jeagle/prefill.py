@@ -34,7 +34,7 @@ def prefill_chunk(
     head: EagleHead | None,
     caches: Caches,
     token_BT1: jax.Array,
-    first: jax.Array,
+    row_B: jax.Array,
     offset: jax.Array,
     prompt_B: jax.Array,
     *,
@@ -42,14 +42,15 @@ def prefill_chunk(
 ) -> Caches:
     """Positions [offset, offset + T) of B prompts; those that have ended keep nothing.
 
-    caches: of B rows or more; first: which of them is the first prompt's, int32. token_BT1: T + 1 ids from ``offset``
-    on, as the head reads the token after each position. prompt_B: prompt lengths.
+    caches: of B rows or more; row_B: which of them are the prompts', int32, not read where they are all, in order. A
+    prompt of one token writes nothing, whatever row it names. token_BT1: T + 1 ids from ``offset`` on, as the head
+    reads the token after each position. prompt_B: prompt lengths.
     """
     B, T = token_BT1.shape[0], token_BT1.shape[1] - 1
-    some = len(caches.page_table_BM) > B  # else no slice: rows on several devices would be gathered for it
+    some = len(caches.page_table_BM) > B  # else no gather: rows on several devices would be fetched for it
 
     def own(rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(rows, first, B) if some else rows
+        return jnp.take(rows, row_B, axis=0, mode="clip") if some else rows
 
     for model in (target, head):
         if model is not None:
@@ -79,7 +80,9 @@ def prefill_chunk(
         here_B = (last_B >= 0) & (last_B < T)
         index_B11 = jnp.clip(last_B, 0, T - 1)[:, None, None]
         last_BX = jnp.take_along_axis(forward.feature_BTX, index_B11, axis=1)[:, 0]
-        own_BX = jnp.where(here_B[:, None], last_BX, own(feature_BX))
-        feature_BX = jax.lax.dynamic_update_slice_in_dim(feature_BX, own_BX, first, 0) if some else own_BX
+        if some:
+            feature_BX = feature_BX.at[jnp.where(here_B, row_B, len(feature_BX))].set(last_BX, mode="drop")
+        else:
+            feature_BX = jnp.where(here_B[:, None], last_BX, feature_BX)
     cache = commit(caches.target, after(forward.new_kv, forward.hidden_BTD), prefix, jnp.clip(wanted_B - offset, 0, T))
     return Caches(cache, head_cache, feature_BX, caches.page_table_BM)

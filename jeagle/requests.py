@@ -1,15 +1,28 @@
-"""Requests on the host: checked before anything runs, then packed into batches of a few compiled shapes."""
+"""Requests on the host: checked before anything runs, then queued for batches of a few compiled shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from jeagle.decoder import Batch
 from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
 
-__all__ = ["FULL_FORWARD", "Bucket", "Row", "bucket", "check_prompt", "chunk_sizes", "make_batch", "make_rows", "pack"]
+__all__ = [
+    "FULL_FORWARD",
+    "Bucket",
+    "Row",
+    "bucket",
+    "check_prompt",
+    "chunk_sizes",
+    "make_batch",
+    "make_rows",
+    "queues",
+    "wanted",
+]
 
 SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
 # Positions whose arithmetic takes about as long as reading the weights, which a forward does besides. An H100 in
@@ -43,6 +56,7 @@ class Bucket:
     capacity: int
     chunk: int  # prompt positions of one prefill forward
     rows: int  # and how many of the batch's rows run through theirs side by side
+    stop_ids: int = 4  # most ids that end a row
 
 
 def check_prompt(prompt: object, params: SamplingParams, *, index: int, vocab_size: int, limit: int) -> list[int]:
@@ -78,10 +92,19 @@ def make_rows(prompts: list[list[int]], params: list[SamplingParams], eos_ids: t
     return rows
 
 
-def pack(rows: list[Row], max_batch_size: int) -> list[list[Row]]:
-    """Rows of like length together, so that little of a batch's prefill and cache is padding."""
-    ordered = sorted(rows, key=lambda row: (len(row.prompt), row.num_positions))
-    return [ordered[i : i + max_batch_size] for i in range(0, len(ordered), max_batch_size)]
+def queues(rows: list[Row], max_batch_size: int) -> list[list[Row]]:
+    """Rows that take turns in one batch: such as need caches of one size, and those of smaller ones where these alone
+    would not fill it. The longest prompts come first, so that little of a prefill is padding, and little is left to
+    wait for in the end."""
+    found, queue = [], list[Row]()
+    for _, alike in groupby(sorted(rows, key=_capacity), key=_capacity):
+        queue += alike
+        if len(queue) >= max_batch_size:
+            found.append(queue)
+            queue = []
+    if queue:
+        found.append(queue)
+    return [sorted(queue, key=lambda row: (-len(row.prompt), -row.num_positions)) for queue in found]
 
 
 def chunk_sizes(longest: int) -> list[int]:
@@ -92,17 +115,19 @@ def chunk_sizes(longest: int) -> list[int]:
     return sizes
 
 
-def bucket(rows: list[Row], *, page_size: int, chunks: list[int], limit: int, full: int, shards: int = 1) -> Bucket:
-    """Powers of two, the batch times ``shards``; the capacity stops at the model's limit, rounded up to whole pages.
+def bucket(
+    rows: Sequence[Row], most: int, *, page_size: int, chunks: list[int], limit: int, full: int, shards: int = 1
+) -> Bucket:
+    """What serves ``rows``, at most ``most`` of them side by side: powers of two, the batch times ``shards``; the
+    capacity stops at the model's limit, rounded up to whole pages.
 
     Rows go through their prompts in groups, each as far as its longest and in whole chunks, so that ``rows`` of like
     length pad little. A group is as large as makes reading the weights (``full`` positions' worth of time) a quarter of
     the arithmetic, and of the chunks the one is taken that ends soonest. With several ``shards`` all rows are one
     group, as each has its own.
     """
-    capacity = max(_power_of_two(max(row.num_positions for row in rows)), SMALLEST_CAPACITY)
-    capacity = -(-min(capacity, max(limit, 1)) // page_size) * page_size
-    batch = shards * _power_of_two(-(-len(rows) // shards))
+    capacity = -(-min(max(map(_capacity, rows)), max(limit, 1)) // page_size) * page_size
+    batch = shards * _power_of_two(-(-min(len(rows), most) // shards))
 
     def group(chunk: int) -> int:
         return batch if shards > 1 else min(batch, _power_of_two(-(-4 * full // chunk)))
@@ -113,25 +138,34 @@ def bucket(rows: list[Row], *, page_size: int, chunks: list[int], limit: int, fu
         return sum(-(-n // chunk) for n in longest) * (size // shards * chunk + full)
 
     chunk = min(chunks, key=lambda c: (cost(c), c))
-    return Bucket(batch, capacity, chunk, group(chunk))
+    return Bucket(batch, capacity, chunk, group(chunk), _power_of_two(max(4, *(len(row.stop_ids) for row in rows))))
 
 
-def make_batch(rows: list[Row], size: int) -> tuple[Batch, Filters, int | None]:
-    """Arrays for ``size`` rows, padded with rows finished from the start; filters and log-probabilities to compute."""
-    padding = size - len(rows)
-    params = [row.params for row in rows] + [SamplingParams()] * padding
-    keys = np.stack([row.key for row in rows] + [np.zeros(2, np.uint32)] * padding)
-    width = _power_of_two(max(4, *(len(row.stop_ids) for row in rows)))
-    stop_id_BI = np.full((size, width), -1, np.int32)
-    max_tokens_B = np.zeros(size, np.int32)
-    for i, row in enumerate(rows):
+def make_batch(rows: Mapping[int, Row], bucket: Bucket) -> Batch:
+    """Arrays of the rows in their places; in all others are padding rows, finished from the start."""
+    B = bucket.batch
+    params, keys = [SamplingParams()] * B, np.zeros((B, 2), np.uint32)
+    prompts = [np.zeros(1, np.int32)] * B
+    stop_id_BI = np.full((B, bucket.stop_ids), -1, np.int32)
+    max_tokens_B = np.zeros(B, np.int32)
+    for i, row in rows.items():
+        params[i], keys[i], prompts[i] = row.params, row.key, row.prompt
         stop_id_BI[i, : len(row.stop_ids)] = row.stop_ids
         max_tokens_B[i] = row.params.max_tokens
+    return Batch(prompts, RowSampling.stack(params, keys), stop_id_BI, max_tokens_B)
+
+
+def wanted(rows: Sequence[Row]) -> tuple[Filters, int | None]:
+    """The filters and the number of log-probabilities that a program must have to serve all of them."""
     asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
     # One compiled width for all top-n requests; 0 (the chosen token alone) is cheap enough to keep apart.
     num_logprobs = None if not asked else (20 if max(asked) > 5 else 5 if max(asked) else 0)
-    batch = Batch([row.prompt for row in rows], RowSampling.stack(params, keys), stop_id_BI, max_tokens_B)
-    return batch, Filters.needed(params), num_logprobs
+    return Filters.needed([row.params for row in rows]), num_logprobs
+
+
+def _capacity(row: Row) -> int:
+    """Cache positions of a batch made for such rows, were there no limit."""
+    return max(_power_of_two(row.num_positions), SMALLEST_CAPACITY)
 
 
 def _power_of_two(n: int) -> int:

@@ -130,7 +130,8 @@ def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[s
         lambda: decoder.first_state(decoder.empty_caches(1, program, capacity), batch, program, capacity)
     )
     began = time.perf_counter()
-    compiled = compile_for_h100(decoder.jitted_launch, decoder.params, state, jnp.int32(0), program=program)
+    limits = jnp.int32(0), jnp.int32(1)
+    compiled = compile_for_h100(decoder.jitted_launch, decoder.params, state, *limits, program=program)
     rounds = [k for k in compiled.kernels if k.in_loop]
     reads = [i for i, k in enumerate(rounds) if k.name.startswith("tree_attention") and "merge" not in k.name]
     page_bytes = config.num_kv_heads * capacity * config.head_dim * (1 if fp8 else 2)

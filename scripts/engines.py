@@ -70,8 +70,8 @@ def figures(engine: Engine, plain: Engine) -> dict[str, Any]:
     total = pooled(requests)
     # The rows of a batch share its rounds: as many as its longest-running row took.
     rounds = sum(max(m.num_rounds for m in batch) for batch in batches)
-    decode = sum(batch[0].decode_seconds for batch in batches)
-    prefill = sum(batch[0].prefill_seconds for batch in batches)
+    decode = sum(max(m.decode_seconds for m in batch) for batch in batches)
+    prefill = sum(max(m.prefill_seconds for m in batch) for batch in batches)
     round_seconds = decode / rounds
     per_token = [m.decode_seconds / m.num_emitted * 1e3 for m in requests]
     tokens = sum(m.num_emitted for m in requests)

@@ -126,9 +126,9 @@ def host_share(llm: LLM, prompt: list[int], tokens: int, repeats: int, *, specul
     spent: list[float] = []
     last: list[Program] = []
 
-    def timed_launch(state: DecodeState, program: Program, most_rounds: int) -> DecodeState:
+    def timed_launch(state: DecodeState, program: Program, most_rounds: int, least_running: int = 1) -> DecodeState:
         began = time.perf_counter()
-        state = jax.block_until_ready(launch(state, program, most_rounds))
+        state = jax.block_until_ready(launch(state, program, most_rounds, least_running))
         spent.append(time.perf_counter() - began)
         last[:] = [program]
         return state

@@ -179,7 +179,7 @@ def test_float32_is_multiplied_as_such():
         state = decoder.first_state(caches, make_batch(8), program, 128)
         rows = np.zeros((BATCH, 65), np.int32), np.int32(0), np.int32(0), np.ones(BATCH, np.int32)
         for lowered in (
-            decoder.jitted_launch.lower(decoder.params, state, np.int32(1), program=program),
+            decoder.jitted_launch.lower(decoder.params, state, np.int32(1), np.int32(1), program=program),
             decoder._prefill.lower(decoder.params, caches, *rows, attention="xla"),
         ):
             products = re.findall(r"stablehlo\.dot_general.*", lowered.as_text())

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jeagle.requests import SMALLEST_CAPACITY, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, pack
+from jeagle.requests import (
+    SMALLEST_CAPACITY,
+    Bucket,
+    Row,
+    bucket,
+    check_prompt,
+    chunk_sizes,
+    make_batch,
+    make_rows,
+    queues,
+    wanted,
+)
 from jeagle.sampling import Filters, SamplingParams, seed_keys
 
 
@@ -75,10 +86,10 @@ def test_one_seed_is_one_key_in_any_company():
     np.testing.assert_array_equal(got, [row.key for row in alone])
     np.testing.assert_array_equal(got, seed_keys(77, 2))
     np.testing.assert_array_equal(together[0].key, got[0])  # the seed alone counts, not the prompt
-    for batch in pack(together, 3):
-        arrays, *_ = make_batch(batch, 4)
-        for row, key in zip(batch, np.asarray(arrays.sampling.seed_B2), strict=False):
-            np.testing.assert_array_equal(row.key, key)
+    places = {5: together[0], 0: together[3]}
+    seed_B2 = np.asarray(make_batch(places, Bucket(8, 256, 64, 2)).sampling.seed_B2)
+    for place, row in places.items():
+        np.testing.assert_array_equal(row.key, seed_B2[place])
 
 
 def test_unseeded_samples_all_differ():
@@ -86,15 +97,25 @@ def test_unseeded_samples_all_differ():
     assert len({tuple(row.key) for row in rows}) == 60
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 8))
-def test_pack_loses_nobody_and_sorts_by_length(lengths, most):
-    rows = rows_of(*lengths)
-    batches = pack(rows, most)
-    assert all(1 <= len(batch) <= most for batch in batches)
-    assert len(batches) == -(-len(rows) // most)
-    flat = [row for batch in batches for row in batch]
-    assert [len(row.prompt) for row in flat] == sorted(lengths)
-    assert sorted(row.request for row in flat) == list(range(len(lengths)))
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=20), st.integers(1, 8))
+def test_queues_lose_nobody_and_begin_with_the_longest(lengths, most):
+    found = queues(rows_of(*lengths), most)
+    assert sorted(row.request for queue in found for row in queue) == list(range(len(lengths)))
+    assert all(len(queue) >= most for queue in found[:-1])
+    for queue in found:
+        in_queue = [len(row.prompt) for row in queue]
+        assert in_queue == sorted(in_queue, reverse=True)
+
+
+def test_only_rows_of_like_size_wait_for_one_batch():
+    def got(*lengths: int) -> list[list[int]]:
+        return [[len(row.prompt) for row in queue] for queue in queues(rows_of(*lengths), 4)]
+
+    small, large = [10, 20, 30, 40, 50], [900, 910]
+    assert got(*large, *small) == [[50, 40, 30, 20, 10], [910, 900]]
+    assert got(*large, *small[:3]) == [[910, 900, 30, 20, 10]]  # three small ones would leave a place empty
+    assert got(900, 10, 300, 20, 30) == [[300, 30, 20, 10], [900]]
+    assert got() == []
 
 
 @given(
@@ -106,7 +127,7 @@ def test_pack_loses_nobody_and_sorts_by_length(lengths, most):
 def test_buckets_hold_their_rows_and_no_more_than_the_limit(lengths, max_tokens, page_size, spare):
     rows = rows_of(*lengths, max_tokens=max_tokens)
     limit = max(lengths) + max_tokens + spare  # what check_prompt lets through
-    got = bucket(rows, page_size=page_size, chunks=chunk_sizes(256), limit=limit, full=256)
+    got = bucket(rows, len(rows), page_size=page_size, chunks=chunk_sizes(256), limit=limit, full=256)
     needed = max(row.num_positions for row in rows)
     assert got.batch >= len(rows) and is_power_of_two(got.batch) and got.batch < 2 * len(rows) + 1
     assert got.capacity >= needed and got.capacity >= max_tokens and got.capacity % page_size == 0
@@ -118,7 +139,7 @@ def test_buckets_hold_their_rows_and_no_more_than_the_limit(lengths, max_tokens,
 def test_buckets_are_few():
     """Every mix of up to 8 prompts of up to 1,000 tokens falls into 4 batch sizes, 3 capacities and 3 chunks."""
     seen = {
-        bucket(rows_of(*[1] * (n - 1), length), page_size=64, chunks=chunk_sizes(256), limit=2048, full=256)
+        bucket(rows_of(*[1] * (n - 1), length), 8, page_size=64, chunks=chunk_sizes(256), limit=2048, full=256)
         for n in range(1, 9)
         for length in (1, 2, 64, 65, 66, 100, 250, 400, 505, 506, 700, 1000)
     }
@@ -129,7 +150,7 @@ def test_buckets_are_few():
 
 def test_bucket_examples():
     def got(length: int, longest_chunk: int, limit: int):
-        return bucket(rows_of(length), page_size=64, chunks=chunk_sizes(longest_chunk), limit=limit, full=256)
+        return bucket(rows_of(length), 8, page_size=64, chunks=chunk_sizes(longest_chunk), limit=limit, full=256)
 
     assert got(249, 256, 4096).capacity == 256  # 249 + 8 - 1 positions
     assert got(250, 256, 4096).capacity == 512
@@ -142,7 +163,7 @@ def test_chunks_pad_little_and_read_the_weights_seldom():
 
     def chunk(rows: int, longest: int) -> int:
         prompts = rows_of(*[5] * (rows - 1), longest)
-        return bucket(prompts, page_size=64, chunks=chunk_sizes(256), limit=2048, full=256).chunk
+        return bucket(prompts, 8, page_size=64, chunks=chunk_sizes(256), limit=2048, full=256).chunk
 
     # The last token of a prompt is not prefilled, so one more than the chunk still fits.
     assert [chunk(1, n) for n in (1, 65, 66, 129, 130, 287)] == [64, 64, 128, 128, 256, 256]
@@ -152,7 +173,7 @@ def test_chunks_pad_little_and_read_the_weights_seldom():
 
 def test_rows_go_through_prompts_in_groups():
     def got(*lengths: int, **kwargs) -> tuple[int, int]:
-        found = bucket(rows_of(*lengths), page_size=64, chunks=chunk_sizes(256), limit=2048, **kwargs)
+        found = bucket(rows_of(*lengths), 64, page_size=64, chunks=chunk_sizes(256), limit=2048, **kwargs)
         return found.chunk, found.rows
 
     assert got(*[60] * 64, full=256) == (64, 16)  # 1,024 positions a forward: a quarter more for the weights
@@ -173,8 +194,10 @@ def test_batches_are_padded_with_finished_rows():
         ],
         (2,),
     )
-    batch, filters, num_logprobs = make_batch(rows, 4)
-    assert [p.tolist() for p in batch.prompts] == [[5, 6], [7, 8, 9], [4]]
+    shapes = bucket(rows, 8, page_size=64, chunks=[64], limit=2048, full=32)
+    assert (shapes.batch, shapes.stop_ids) == (4, 8)
+    batch = make_batch(dict(enumerate(rows)), shapes)
+    assert [p.tolist() for p in batch.prompts] == [[5, 6], [7, 8, 9], [4], [0]]
     assert batch.max_tokens_B.tolist() == [3, 4, 5, 0]
     # Widths are powers of two from 4 on, so stop ids seldom make a new shape.
     assert batch.stop_id_BI.shape == (4, 8) and batch.stop_id_BI.dtype == np.int32
@@ -183,8 +206,20 @@ def test_batches_are_padded_with_finished_rows():
     assert sampling.seed_B2.shape == (4, 2) and sampling.seed_B2.dtype == np.uint32
     np.testing.assert_array_equal(np.asarray(sampling.temperature_B), np.array([0.5, 0, 0, 0], np.float32))
     assert sampling.top_k_B.tolist() == [4, 0, 0, 0] and sampling.top_p_B.tolist() == [1] * 4
-    assert filters == Filters(sample=True, top_k=True) and num_logprobs is None
-    assert make_batch(rows[:2], 2)[0].stop_id_BI.shape == (2, 4)
+    assert wanted(rows) == (Filters(sample=True, top_k=True), None)
+    assert bucket(rows[:2], 8, page_size=64, chunks=[64], limit=2048, full=32).stop_ids == 4
+
+    batch = make_batch({2: rows[0]}, shapes)  # in a place of its own
+    assert [p.tolist() for p in batch.prompts] == [[0], [0], [5, 6], [0]]
+    assert batch.max_tokens_B.tolist() == [0, 0, 3, 0] and batch.stop_id_BI[2, 0] == 2
+    assert np.asarray(batch.sampling.temperature_B).tolist() == [0, 0, 0.5, 0]
+
+
+def test_more_rows_than_places_ask_for_no_larger_batch():
+    rows = rows_of(*[60] * 20, 100)
+    got = bucket(rows, 6, page_size=64, chunks=chunk_sizes(256), limit=2048, full=256)
+    assert (got.batch, got.rows) == (8, 8)
+    assert bucket(rows, 6, page_size=64, chunks=[64], limit=2048, full=256, shards=4).batch == 8
 
 
 @pytest.mark.parametrize(
@@ -192,4 +227,4 @@ def test_batches_are_padded_with_finished_rows():
 )
 def test_few_widths_of_logprobs(asked, width):
     rows = make_rows([[1]] * len(asked), [SamplingParams(logprobs=n) for n in asked], (2,))
-    assert make_batch(rows, len(rows))[2] == width
+    assert wanted(rows)[1] == width

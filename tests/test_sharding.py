@@ -230,10 +230,11 @@ def test_wrong_meshes_are_one_sentence(make, said):
 
 
 def test_generate_over_a_mesh(tmp_path):
-    """A checkpoint, rows that are no multiple of the mesh, FP8 caches."""
+    """A checkpoint, rows that are no multiple of the mesh and more than there are places, FP8 caches."""
     target, head = (save(module, tmp_path / type(module).__name__) for module in pair())
-    prompts, params = [[5, 6, 7], [8], [9] * 20], [PARAMS[0], PARAMS[1], PARAMS[3]]
-    params = [dataclasses.replace(p, seed=i, logprobs=1) for i, p in enumerate(params)]
+    prompts = [[5, 6, 7], [8], [9] * 20, [10, 11], [12] * 17, [13], [14]]
+    params = [PARAMS[i % 4] for i in (0, 1, 3, 3, 1, 2, 2)]
+    params = [dataclasses.replace(p, seed=i, logprobs=1, max_tokens=24 - 3 * i) for i, p in enumerate(params)]
     kwargs = dict(tree="chain-2", page_size=8, kv_cache_dtype="fp8", max_batch_size=4, prefill_chunk=16)
     alone, mesh = (
         LLM(target, head, **kwargs, **sizes).generate(prompts, params, use_tqdm=False)
