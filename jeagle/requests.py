@@ -29,6 +29,7 @@ SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
 # bfloat16: 295 by its data sheet. Two AVX2 cores in float32: 28, of SmolLM2's 114 to 994 ms for 32 to 512 positions.
 FULL_FORWARD = dict(cpu=32, gpu=256)
 SMALLEST_CAPACITY = 256
+MOST_SPACE = 4  # times what its rows need is what the cache of a queue may take
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,17 @@ def make_rows(prompts: list[list[int]], params: list[SamplingParams], eos_ids: t
 
 
 def queues(rows: list[Row], max_batch_size: int) -> list[list[Row]]:
-    """Rows that take turns in one batch: such as need caches of one size, and those of smaller ones where these alone
-    would not fill it. The longest prompts come first, so that little of a prefill is padding, and little is left to
-    wait for in the end."""
+    """Rows that take turns in one batch. Every row of a batch has a cache as large as the largest needs, so rows that
+    would leave most of it empty have a queue of their own, if they fill a batch. The longest prompts come first: little
+    of a prefill is padding, and little is left to wait for in the end."""
     found, queue = [], list[Row]()
-    for _, alike in groupby(sorted(rows, key=_capacity), key=_capacity):
-        queue += alike
-        if len(queue) >= max_batch_size:
+    for capacity, alike in groupby(sorted(rows, key=_capacity), key=_capacity):
+        joined = [*queue, *alike]
+        if len(queue) >= max_batch_size and capacity * len(joined) > MOST_SPACE * sum(map(_capacity, joined)):
             found.append(queue)
-            queue = []
-    if queue:
-        found.append(queue)
+            joined = joined[len(queue) :]
+        queue = joined
+    found += [queue] if queue else []
     return [sorted(queue, key=lambda row: (-len(row.prompt), -row.num_positions)) for queue in found]
 
 

@@ -111,10 +111,12 @@ def test_only_rows_of_like_size_wait_for_one_batch():
     def got(*lengths: int) -> list[list[int]]:
         return [[len(row.prompt) for row in queue] for queue in queues(rows_of(*lengths), 4)]
 
-    small, large = [10, 20, 30, 40, 50], [900, 910]
-    assert got(*large, *small) == [[50, 40, 30, 20, 10], [910, 900]]
-    assert got(*large, *small[:3]) == [[910, 900, 30, 20, 10]]  # three small ones would leave a place empty
-    assert got(900, 10, 300, 20, 30) == [[300, 30, 20, 10], [900]]
+    small, large = [10, 20, 30, 40, 50], [4000, 4100]
+    assert got(*large, *small) == [[50, 40, 30, 20, 10], [4100, 4000]]
+    assert got(*large, *small[:3]) == [[4100, 4000, 30, 20, 10]]  # three small ones would leave a place empty
+    assert got(*large, 2100, 2200, *small[:3]) == [[4100, 4000, 2200, 2100, 30, 20, 10]]
+    assert got(900, *small) == [[900, *reversed(small)]]  # 1,024 positions for rows of 384 in the mean
+    assert got(4000, *small) == [[50, 40, 30, 20, 10], [4000]]  # 4,096 for rows of 896
     assert got() == []
 
 
