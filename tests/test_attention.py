@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jeagle.attention import IMPLEMENTATIONS, attend, resolve
 from jeagle.cache import Prefix
+from pallas_kernels import tree_attention_xla as xla
 
 
 # What takes Hopper's shapes alone, or Triton's interpreter, has its own file on the same draws: test_attention_*.py.
@@ -85,6 +86,54 @@ def test_a_row_does_not_depend_on_its_company(compute):
     together = np.asarray(compute(call)[0])
     alone = np.asarray(compute(replace(call, length=np.array([300, 0, 0], np.int32)))[0])
     np.testing.assert_array_equal(together[0], alone[0])
+
+
+def in_order(call: Call, fill: float) -> Call:
+    """The same call over pages that lie as ``Decoder`` lays them; ``fill`` in slots that nobody sees."""
+    B, M = call.table.shape
+    K, _, page_size, H = call.layer[0].shape
+    position_S = np.arange(M * page_size)
+    seen_BS = (position_S >= call.start[:, None]) & (position_S < call.length[:, None])
+    layer = tuple(
+        np.where(seen_BS[..., None], pages[:, call.table].reshape(K, B, -1, H), np.array(fill, pages.dtype))
+        for pages in call.layer
+    )
+    layer = tuple(pages.reshape(K, B * M, page_size, H) for pages in layer)
+    return replace(call, layer=layer, table=np.arange(B * M, dtype=np.int32).reshape(B, M))
+
+
+@pytest.mark.parametrize("fill", [0.5, np.nan])
+@pytest.mark.parametrize(
+    "name", ["one-row", "groups", "groups-one-mask", "wider-suffix", "blocks", "many-rows", "bf16"]
+)
+def test_pages_in_order(compute, name, fill):
+    """What a CPU multiplies with as it lies, if that pays and no NaN is there to be left out."""
+    shape = SHAPES[name]
+    tolerance = 2e-2 if shape.dtype == jnp.bfloat16 else 2e-6
+    for seed in range(6):
+        assert_equals_dense(compute, in_order(draw(shape, seed), fill), shape.page_size, tolerance)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_when_a_cache_is_taken_whole():
+    """Of nine pages of 128, two to a block of 256: from the third block of five on."""
+    shape = SHAPES["blocks"]
+    call = in_order(draw(shape, 0), 0.5)
+
+    def is_whole(**changes) -> bool:
+        *rows, _ = replace(call, **changes).arguments()
+        pages_k, pages_v = rows[4:6]
+        whole = partial(xla._attend, partial(xla._whole, pages_k=pages_k, pages_v=pages_v))
+        nothing = lambda q, *_: (jnp.zeros_like(q), jnp.zeros(q.shape[:-1]))  # noqa: E731
+        rows = [jnp.asarray(x) for x in (*rows[:4], *rows[6:])]
+        return bool(xla._whole_or(*rows, in_blocks=nothing, whole=whole, page_size=shape.page_size)[0].any())
+
+    zeros, long = np.zeros_like(call.start), np.array([10, 513, 0], np.int32)
+    assert is_whole(start=zeros, length=long)
+    assert not is_whole(start=zeros, length=long - 1)
+    assert not is_whole(start=zeros + 256, length=long)
+    assert not is_whole(start=zeros, length=long, table=call.table[::-1])
+    assert not is_whole(start=zeros, length=long, layer=(call.layer[0], np.full_like(call.layer[1], np.nan)))
 
 
 def test_names_are_resolved_and_never_replaced():
