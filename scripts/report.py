@@ -118,6 +118,16 @@ def steady(result: Result) -> Iterator[tuple[str, str]]:
         yield f"{name}: memory over {memory['requests']} requests", grown
 
 
+def queue(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_queue.py."""
+    low, high = result["lengths"]
+    for run in result["runs"]:
+        rates = " and ".join(f"{found['median']:.0f}" for found in run["tokens_per_second"].values())
+        rounds = " and ".join(map(str, run["rounds"].values()))
+        what = f"{run['requests']} requests of {low} to {high} tokens, {run['places']} at a time"
+        yield f"{what}, in turns and batch after batch", f"{rates} tokens/s, {rounds} rounds; {spread_of(run['ratio'])}"
+
+
 def cold_start(result: Result) -> Iterator[tuple[str, str]]:
     """Of bench_start.py."""
     phases = ", ".join(f"{name} {found['median']:.1f}" for name, found in result["phases"].items())
@@ -158,6 +168,7 @@ ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
     "bench_generate": generation,
     "bench_peers": peers,
     "bench_steady": steady,
+    "bench_queue": queue,
     "bench_start": cold_start,
     "gpu_suite": gpu_suite,
 }
