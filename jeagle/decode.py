@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,18 @@ class DecodeState:
     @property
     def prefix(self) -> Prefix:
         return Prefix.full(self.page_table_BM, self.length_B)
+
+    def without_caches(self) -> DecodeState:
+        """What has rows first: all but the caches and their pages, which are None here."""
+        none: Any = None
+        draft = None if self.draft is None else dataclasses.replace(self.draft, cache=none)
+        return dataclasses.replace(self, cache=none, page_table_BM=none, draft=draft)
+
+    def with_caches_of(self, other: DecodeState) -> DecodeState:
+        draft = self.draft
+        if draft is not None and other.draft is not None:
+            draft = dataclasses.replace(draft, cache=other.draft.cache)
+        return dataclasses.replace(self, cache=other.cache, page_table_BM=other.page_table_BM, draft=draft)
 
 
 def round_step(target: Llama, head: EagleHead | None, state: DecodeState, program: Program) -> DecodeState:

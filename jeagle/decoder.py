@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +139,8 @@ class Decoder:
         new = self.first_state(caches, batch, program, state.text_BS.shape[1] - 1)
         fresh_B = np.zeros(B, bool)
         fresh_B[places] = True
-        (old_rows, _), (new_rows, put_back) = _rows_apart(state), _rows_apart(new)
-        return put_back(self._replace(self.params, old_rows, new_rows, self.put(fresh_B)))
+        both = state.without_caches(), new.without_caches()
+        return self._replace(self.params, *both, self.put(fresh_B)).with_caches_of(new)
 
     def first_state(self, caches: Caches, batch: Batch, program: Program, capacity: int) -> DecodeState:
         """The state before the first round, of caches that hold the prompts but for their last tokens."""
@@ -368,19 +367,6 @@ def _fitted(
     kept = min(num_path, token_BP.shape[1])
     more = (0, num_path - kept)
     return jnp.pad(feature_BPX[:, :kept], ((0, 0), more, (0, 0))), jnp.pad(token_BP[:, :kept], ((0, 0), more))
-
-
-def _rows_apart(state: DecodeState) -> tuple[DecodeState, Callable[[DecodeState], DecodeState]]:
-    """A state without its caches and pages: all that is left has rows first. And what puts them back."""
-    draft = state.draft
-
-    def put_back(rows: DecodeState) -> DecodeState:
-        head = None if draft is None or rows.draft is None else dataclasses.replace(rows.draft, cache=draft.cache)
-        return dataclasses.replace(rows, cache=state.cache, page_table_BM=state.page_table_BM, draft=head)
-
-    none: Any = None
-    head = None if draft is None else dataclasses.replace(draft, cache=none)
-    return dataclasses.replace(state, cache=none, page_table_BM=none, draft=head), put_back
 
 
 def _replaced(target: Llama, head: EagleHead | None, old, new, fresh_B: jax.Array):

@@ -73,7 +73,7 @@ def serve(
     """Serve ``queue`` in order, ``places`` rows side by side; yields them as they finish.
 
     most_rounds: of a launch. detokenizer: of a row that has stop strings, else None. watch: shown what the host sees
-    after every launch.
+    after every launch, when those that have finished are handed out.
     """
     waiting, seats = deque(queue), dict[int, Seat]()
     quota = max(1, int(FREE * places))
@@ -90,13 +90,13 @@ def serve(
             text_BS = fetch(course.state.text_BS)
             if _stop_at_strings(text_BS, seats, look):
                 course.end(look.finish_B)
-        watch(look)
         done = [place for place in seats if look.finish_B[place]]
         if done:
             text_BS = fetch(course.state.text_BS) if text_BS is None else text_BS
             logprobs, now = fetch(course.state.logprobs), time.perf_counter()
             for place in done:
                 yield _finished(course, place, seats.pop(place), look, text_BS, logprobs, now)
+        watch(look)
 
 
 def _seated(course: Course, waiting: deque[Row], free: list[int], detokenizer) -> dict[int, Seat]:

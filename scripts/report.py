@@ -128,6 +128,15 @@ def queue(result: Result) -> Iterator[tuple[str, str]]:
         yield f"{what}, in turns and batch after batch", f"{rates} tokens/s, {rounds} rounds; {spread_of(run['ratio'])}"
 
 
+def cache_attention(result: Result) -> Iterator[tuple[str, str]]:
+    """Of bench_attention.py."""
+    for run in result["runs"]:
+        rows = f"{run['rows']} row{'s' * (run['rows'] > 1)}"
+        what = f"attention of all layers, {rows}, {run['new']} new, {run['seen']:,} of {run['capacity']:,} positions"
+        found = [f"{name} {ms:.1f} ms, {run['GBps'][name]:.0f} GB/s" for name, ms in run["milliseconds"].items()]
+        yield what, "; ".join(found)
+
+
 def cold_start(result: Result) -> Iterator[tuple[str, str]]:
     """Of bench_start.py."""
     phases = ", ".join(f"{name} {found['median']:.1f}" for name, found in result["phases"].items())
@@ -169,6 +178,7 @@ ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
     "bench_peers": peers,
     "bench_steady": steady,
     "bench_queue": queue,
+    "bench_attention": cache_attention,
     "bench_start": cold_start,
     "gpu_suite": gpu_suite,
 }
