@@ -29,7 +29,7 @@ SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
 # bfloat16: 295 by its data sheet. Two AVX2 cores in float32: 28, of SmolLM2's 114 to 994 ms for 32 to 512 positions.
 FULL_FORWARD = dict(cpu=32, gpu=256)
 SMALLEST_CAPACITY = 256
-MOST_SPACE = 4  # times what its rows need is what the cache of a queue may take
+MOST_SPACE = 2  # times what its rows need is what the cache of a queue may take
 
 
 @dataclass(frozen=True)

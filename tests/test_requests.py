@@ -114,9 +114,9 @@ def test_only_rows_of_like_size_wait_for_one_batch():
     small, large = [10, 20, 30, 40, 50], [4000, 4100]
     assert got(*large, *small) == [[50, 40, 30, 20, 10], [4100, 4000]]
     assert got(*large, *small[:3]) == [[4100, 4000, 30, 20, 10]]  # three small ones would leave a place empty
-    assert got(*large, 2100, 2200, *small[:3]) == [[4100, 4000, 2200, 2100, 30, 20, 10]]
-    assert got(900, *small) == [[900, *reversed(small)]]  # 1,024 positions for rows of 384 in the mean
-    assert got(4000, *small) == [[50, 40, 30, 20, 10], [4000]]  # 4,096 for rows of 896
+    assert got(*large, 2100, 2200, *small[:3]) == [[2200, 2100, 30, 20, 10], [4100, 4000]]
+    assert got(300, *small) == [[300, *reversed(small)]]  # 512 positions for rows of 299 in the mean
+    assert got(900, *small) == [[50, 40, 30, 20, 10], [900]]  # 1,024 for rows of 384
     assert got() == []
 
 
