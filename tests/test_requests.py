@@ -111,10 +111,10 @@ def test_only_rows_of_like_size_wait_for_one_batch():
     def got(*lengths: int) -> list[list[int]]:
         return [[len(row.prompt) for row in queue] for queue in queues(rows_of(*lengths), 4)]
 
-    small, large = [10, 20, 30, 40, 50], [4000, 4100]
-    assert got(*large, *small) == [[50, 40, 30, 20, 10], [4100, 4000]]
-    assert got(*large, *small[:3]) == [[4100, 4000, 30, 20, 10]]  # three small ones would leave a place empty
-    assert got(*large, 2100, 2200, *small[:3]) == [[2200, 2100, 30, 20, 10], [4100, 4000]]
+    small, large = [10, 20, 30, 40, 50], [4000, 4050]
+    assert got(*large, *small) == [[50, 40, 30, 20, 10], [4050, 4000]]
+    assert got(*large, *small[:3]) == [[4050, 4000, 30, 20, 10]]  # three small ones would leave a place empty
+    assert got(*large, 1500, 1600, *small[:3]) == [[1600, 1500, 30, 20, 10], [4050, 4000]]
     assert got(300, *small) == [[300, *reversed(small)]]  # 512 positions for rows of 299 in the mean
     assert got(900, *small) == [[50, 40, 30, 20, 10], [900]]  # 1,024 for rows of 384
     assert got() == []
