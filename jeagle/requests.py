@@ -29,6 +29,7 @@ SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
 # bfloat16: 295 by its data sheet. Two AVX2 cores in float32: 28, of SmolLM2's 114 to 994 ms for 32 to 512 positions.
 FULL_FORWARD = dict(cpu=32, gpu=256)
 SMALLEST_CAPACITY = 256
+LARGE_CAPACITY = 1024
 MOST_SPACE = 2  # times what its rows need is what the cache of a queue may take
 
 
@@ -119,8 +120,8 @@ def chunk_sizes(longest: int) -> list[int]:
 def bucket(
     rows: Sequence[Row], most: int, *, page_size: int, chunks: list[int], limit: int, full: int, shards: int = 1
 ) -> Bucket:
-    """What serves ``rows``, at most ``most`` of them side by side: powers of two, the batch times ``shards``; the
-    capacity stops at the model's limit, rounded up to whole pages.
+    """What serves ``rows``, at most ``most`` of them side by side: a power of two, times ``shards``, and few
+    capacities, which stop at the model's limit, rounded up to whole pages.
 
     Rows go through their prompts in groups, each as far as its longest and in whole chunks, so that ``rows`` of like
     length pad little. A group is as large as makes reading the weights (``full`` positions' worth of time) a quarter of
@@ -165,8 +166,13 @@ def wanted(rows: Sequence[Row]) -> tuple[Filters, int | None]:
 
 
 def _capacity(row: Row) -> int:
-    """Cache positions of a batch made for such rows, were there no limit."""
-    return max(_power_of_two(row.num_positions), SMALLEST_CAPACITY)
+    """Cache positions of a batch made for such rows, were there no limit: powers of two while they are small, then
+    quarters of them, as an empty half of a large cache is memory that other rows could have. Example: 5,120 for 4,195.
+    """
+    n = _power_of_two(row.num_positions)
+    if n <= LARGE_CAPACITY:
+        return max(n, SMALLEST_CAPACITY)
+    return -(-row.num_positions // (n // 8)) * (n // 8)
 
 
 def _power_of_two(n: int) -> int:

@@ -114,7 +114,7 @@ def test_only_rows_of_like_size_wait_for_one_batch():
     small, large = [10, 20, 30, 40, 50], [4000, 4050]
     assert got(*large, *small) == [[50, 40, 30, 20, 10], [4050, 4000]]
     assert got(*large, *small[:3]) == [[4050, 4000, 30, 20, 10]]  # three small ones would leave a place empty
-    assert got(*large, 1500, 1600, *small[:3]) == [[1600, 1500, 30, 20, 10], [4050, 4000]]
+    assert got(*large, 1500, 1600, *small[:3]) == [[1500, 30, 20, 10], [4050, 4000, 1600]]
     assert got(300, *small) == [[300, *reversed(small)]]  # 512 positions for rows of 299 in the mean
     assert got(900, *small) == [[50, 40, 30, 20, 10], [900]]  # 1,024 for rows of 384
     assert got() == []
@@ -157,6 +157,10 @@ def test_bucket_examples():
     assert got(249, 256, 4096).capacity == 256  # 249 + 8 - 1 positions
     assert got(250, 256, 4096).capacity == 512
     assert got(250, 256, 300).capacity == 320
+    # Large ones in quarters: at most a fifth of the cache stays empty.
+    assert [got(n, 256, 8192).capacity for n in (1017, 1018, 1500, 2041, 2042, 3058, 4195, 7200)] == [
+        *(1024, 1280, 1536, 2048, 2560, 3072, 5120, 8192)
+    ]
     assert got(5, 32, 20).capacity == 64 and got(5, 32, 20).chunk == 32
 
 
