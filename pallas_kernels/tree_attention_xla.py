@@ -10,12 +10,12 @@ groups, each as far as its own longest row, so that a group's block stays in the
 
 A CPU has a second way. XLA:CPU can only multiply with whole arrays, so every block is copied; but where all pages lie
 in the rows' own order (``Decoder`` lays them so), the array itself is [K, B, S, H], and to multiply with all of it
-takes a half to a third of the time. That is done where at least half of the blocks would be walked. SmolLM2's 30
-layers on two AVX-512 cores, float32, ms:
+takes a third of the time. That is done where at least half of the blocks would be walked. SmolLM2's 30 layers on two
+AVX-512 cores, float32, one new position, ms (scripts/results/bench_attention_cpu_smollm2.json):
 
-    one new position   8 rows of 246/256   8 of 502/512   32 of 246/256   32 of 502/512   1 of 4,086/4,096
-    in blocks                      10.6           20.8            43.1            85.4               33.1
-    whole                           5.4            8.6            15.8            27.9                9.4
+    rows, seen/positions   8, 246/256   8, 502/512   32, 246/256   32, 502/512   1, 4,086/4,096
+    in blocks                     8.0         11.9          43.8          49.7             14.4
+    whole                         3.2          4.3           6.8          13.9              5.6
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def tree_attention(
     in_blocks = partial(_attend, partial(_walk, pages_k=pages_k, pages_v=pages_v, scales=scales))
     on_cpu = partial(_in_groups, in_blocks)
     num_pages, page_size = pages_k.shape[1:3]
-    if scales is None and page_table_BM.size == num_pages and q_BTKGH.shape[1] <= MOST_WHOLE:
+    # Pages of other dtypes are made float32 before they are multiplied, which is a copy again.
+    if pages_k.dtype == jnp.float32 and page_table_BM.size == num_pages and q_BTKGH.shape[1] <= MOST_WHOLE:
         whole = partial(_attend, partial(_whole, pages_k=pages_k, pages_v=pages_v))
         on_cpu = partial(_whole_or, in_blocks=on_cpu, whole=whole, page_size=page_size)
     return lax.platform_dependent(*rows, cpu=on_cpu, default=in_blocks)
