@@ -22,7 +22,7 @@ from jeagle.requests import Row, make_batch
 from jeagle.sharding import fetch
 from jeagle.text import Detokenizer
 
-__all__ = ["FREE", "Finished", "emitted", "serve"]
+__all__ = ["Finished", "emitted", "serve"]
 
 # While stop strings are wanted the host looks this often; the rounds after a match are wasted.
 ROUNDS_BETWEEN_STOP_CHECKS = 8
