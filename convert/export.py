@@ -35,7 +35,7 @@ from convert.__main__ import run
 from convert.eagle import describe, head_rules
 from convert.eagle_config import TAP_IDS
 from convert.table import ConversionError, Rule, unfill
-from jeagle.checkpoint import load_eagle
+from jeagle.checkpoint import load_eagle, read_source
 from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
 from jeagle.llama4_config import Llama4EagleConfig
@@ -80,7 +80,8 @@ def export(
     if os.path.lexists(destination):
         raise ConversionError(f"{destination} already exists; remove it or choose another destination")
     name = "the head" if isinstance(head, EagleHead) else str(head)
-    head = head if isinstance(head, EagleHead) else load_eagle(head)
+    if not isinstance(head, EagleHead):  # no reader of heads takes our scales
+        head = load_eagle(head, "bfloat16" if read_source(Path(head))["dtype"] == "fp8" else "auto")
     config = head.config
     if isinstance(config, Llama4EagleConfig):
         raise ConversionError(f"{name} has Llama 4's attention, for which no form is written; keep the original head")
@@ -143,7 +144,7 @@ def _choose_form(form: str, config: EagleConfig, name: str) -> str:
 
 def _choose_dtype(asked: str, tensors: Mapping[str, np.ndarray], name: str) -> str:
     if asked != "auto":
-        choices = [name for name in DTYPES if name != "fp8"]  # no reader of heads takes our scales
+        choices = [name for name in DTYPES if name != "fp8"]
         if asked not in choices:
             raise ConversionError(f"dtype must be one of auto, {', '.join(choices)}, got {asked!r}")
         return DTYPES[asked]

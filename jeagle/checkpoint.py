@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.llama4 import Llama4, Llama4EagleHead
 from jeagle.llama4_config import Llama4Config, Llama4EagleConfig
-from jeagle.placement import Part, Placement, filled, placements, repeat_kv_heads
+from jeagle.placement import Part, Placement, filled, placements, repeat_kv_heads, variables
 from jeagle.sharding import Layout, MeshError
-from jeagle.weights import dtype_of_name
+from jeagle.weights import Fp8, dtype_of, dtype_of_name, scale_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_config",
     "load_eagle",
+    "load_head",
     "load_llama",
     "ocdbt",
     "read_source",
@@ -118,12 +120,19 @@ def load_eagle(directory: str | Path, dtype: str = "auto", *, layout: Layout | N
     return _restore(Path(directory), config, dtype, layout)
 
 
+def load_head(directory: str | Path, target: Llama, *, layout: Layout | None = None) -> EagleHead:
+    """The head in ``directory`` as it goes with ``target``: in the dtype that computes, as they share embeddings and
+    features; in FP8 where both are."""
+    both = isinstance(dtype_of(target), Fp8) and read_source(Path(directory))["dtype"] == "fp8"
+    return load_eagle(directory, "fp8" if both else target.compute_dtype.name, layout=layout)
+
+
 def load(directory: str | Path, dtype: str = "auto", *, layout: Layout | None = None) -> Llama | EagleHead:
     """Whatever model is stored in ``directory``.
 
     Args:
       dtype: of the weights in memory: "float32", "bfloat16", or "auto" for what is stored. Integers are never cast.
-        "fp8" takes a checkpoint that was converted so, and such a checkpoint takes no other.
+        "fp8" takes a checkpoint that was converted so; in another dtype its numbers come multiplied with their scales.
       layout: over which devices; each is given, and reads, its own part. None is the default device.
     """
     eagle = isinstance(load_config(directory), EagleConfig)
@@ -136,21 +145,39 @@ def _restore(directory: Path, config: Any, dtype: str, layout: Layout | None) ->
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     dtype = stored_dtype if dtype == "auto" else dtype
-    if (dtype == "fp8") != (stored_dtype == "fp8"):
+    if dtype == "fp8" != stored_dtype:
         raise CheckpointError(
             f"{directory} holds {stored_dtype} weights, which are not loaded as {dtype}; convert its source again with "
             f"--dtype {dtype}"
         )
-    stored = abstract(config, dtype)
-    module = stored if layout is None else abstract(repeat_kv_heads(config, layout), dtype)
+    wanted = dtype_of_name(dtype)
+    read_as = Fp8(wanted) if stored_dtype == "fp8" != dtype else wanted
+    laid_out = config if layout is None else repeat_kv_heads(config, layout)
+    module = abstract(laid_out, read_as)
     try:
-        arrays = _read_arrays(directory, placements(stored, module, layout))
+        arrays = _read_arrays(directory, placements(abstract(config, read_as), module, layout))
     except ValueError as error:  # all that tensorstore raises
         if isinstance(error, (CheckpointError, MeshError)):
             raise
         reason = str(error).splitlines()[0][:200]
         raise CheckpointError(f"{directory / 'params'} is damaged; convert the model again ({reason})") from error
+    if read_as != wanted:
+        arrays, module = _widened(arrays, module, wanted), abstract(laid_out, wanted)
     return filled(module, arrays)
+
+
+def _widened(arrays: Mapping[str, jax.Array], module: nnx.Module, dtype: Any) -> dict[str, jax.Array]:
+    """The weights of ``module``, which is FP8, by dotted path: numbers times scales in ``dtype``, and no scales."""
+
+    @partial(jax.jit, static_argnums=2)
+    def multiply(number: jax.Array, scale: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
+        return (number.astype(jnp.float32) * jnp.expand_dims(scale, contracted)).astype(dtype)
+
+    described, arrays = variables(module), dict(arrays)
+    for path in [path for path in arrays if scale_of(path) in arrays]:
+        contracted = described[path].get_metadata()["contracted"]
+        arrays[path] = multiply(arrays[path], arrays.pop(scale_of(path)), contracted)
+    return arrays
 
 
 def _read_arrays(directory: Path, wanted: Mapping[str, Placement]) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jeagle import attention as attention_registry
-from jeagle.checkpoint import DTYPES, load_eagle, load_llama, read_source
+from jeagle.checkpoint import DTYPES, load_head, load_llama
 from jeagle.course import Course, Look
 from jeagle.decode import Program
 from jeagle.decoder import CompiledProgram, Decoder
@@ -162,10 +162,7 @@ class LLM:
         target.check_chunk(prefill_chunk)
         head = draft if isinstance(draft, EagleHead) else None
         if head_directory is not None:
-            # In the dtype the target computes in, whatever else it is stored in: the two share embeddings and features.
-            stored = read_source(head_directory)["dtype"]
-            computes = target.compute_dtype.name
-            head = load_eagle(head_directory, dtype=stored if stored == "fp8" else computes, layout=layout)
+            head = load_head(head_directory, target, layout=layout)
         elif head is not None and layout is not None:
             head = place(head, layout)
         self.config = target.config

