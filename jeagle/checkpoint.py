@@ -145,13 +145,13 @@ def _restore(directory: Path, config: Any, dtype: str, layout: Layout | None) ->
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     dtype = stored_dtype if dtype == "auto" else dtype
-    if dtype == "fp8" != stored_dtype:
+    if dtype == "fp8" and stored_dtype != "fp8":
         raise CheckpointError(
             f"{directory} holds {stored_dtype} weights, which are not loaded as {dtype}; convert its source again with "
             f"--dtype {dtype}"
         )
     wanted = dtype_of_name(dtype)
-    read_as = Fp8(wanted) if stored_dtype == "fp8" != dtype else wanted
+    read_as = Fp8(wanted) if stored_dtype == "fp8" and dtype != "fp8" else wanted
     laid_out = config if layout is None else repeat_kv_heads(config, layout)
     module = abstract(laid_out, read_as)
     try:

@@ -118,7 +118,7 @@ class LLM:
         if kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}")
         attention_registry.resolve(attention)
-        if resolve_sampler(sampler) == "pallas" and tensor_parallel_size > 1:
+        if resolve_sampler(sampler, whole=tensor_parallel_size == 1) == "pallas" and tensor_parallel_size > 1:
             raise ValueError("sampler 'pallas' reads whole vocabularies; with tensor_parallel_size > 1 use 'xla'")
         rules = Rules.choose(draft=draft_sharding, experts=expert_sharding)
         many = data_parallel_size * tensor_parallel_size > 1

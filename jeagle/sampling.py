@@ -259,10 +259,15 @@ SAMPLERS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def resolve_sampler(name: str) -> str:
-    """The sampler that serves ``name``. "auto" is "xla": on an H100 the kernel is right, but has not been timed."""
+def resolve_sampler(name: str, *, whole: bool = True, platform: str | None = None) -> str:
+    """The sampler that serves ``name`` on a platform (JAX's default one if None).
+
+    whole: whether each device has all of the vocabulary. "auto" is the kernel on GPUs, if so, and else XLA. On an H100
+    both take as long for greedy tokens, one row or 64; a round of 1,024 rows of SmolLM2 in bfloat16, a third of them
+    sampled with top-p, took 4.4 to 5.3 ms with the kernel and 8.1 to 9.1 with XLA.
+    """
     if name == "auto":
-        return "xla"
+        return "pallas" if whole and (platform or jax.default_backend()) == "gpu" else "xla"
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is unknown; choose one of {['auto', *SAMPLERS]}")
     return name
@@ -276,7 +281,8 @@ def choose(
     sampler: "xla", "pallas" (one launch for everything; pallas_kernels/choose_pallas.py) or "auto". Both choose the
     same token. Of a split vocabulary each device warps its own logits and makes their noise; the winners travel.
     """
-    chosen = partial(SAMPLERS[resolve_sampler(sampler)], filters=filters, vocab=across("vocab"))
+    vocab = across("vocab")
+    chosen = partial(SAMPLERS[resolve_sampler(sampler, whole=vocab.whole)], filters=filters, vocab=vocab)
     inputs = (("rows", None, "vocab"), ("rows", None), jax.tree.map(rows_first, rows))
     return split(chosen, inputs, ("rows", None))(logits_BTV, position_BT, rows)
 

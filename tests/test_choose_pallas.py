@@ -178,5 +178,7 @@ def test_decoding_with_either_sampler_writes_the_same():
 
 def test_names_are_resolved_and_never_replaced():
     assert resolve_sampler("auto") == "xla" and list(map(resolve_sampler, SAMPLERS)) == list(SAMPLERS)
+    assert resolve_sampler("auto", platform="gpu") == "pallas"
+    assert resolve_sampler("auto", whole=False, platform="gpu") == "xla"
     with pytest.raises(ValueError, match=r"sampler 'triton' is unknown; choose one of \['auto', 'xla', 'pallas'\]"):
         resolve_sampler("triton")

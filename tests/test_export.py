@@ -16,6 +16,7 @@ from convert import ConversionError, convert
 from convert.export import export, main
 from convert.tensors import SafetensorsSource
 from jeagle.checkpoint import CheckpointError, load_eagle
+from jeagle.checkpoint_writer import save
 from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
 
@@ -190,6 +191,13 @@ def test_dtype(tmp_path):
     head.fc.kernel.set_value(head.fc.kernel[...].astype(jnp.bfloat16))
     with pytest.raises(ConversionError, match="weights of bfloat16, float32; say which"):
         export(head, tmp_path / "mixed", form="eagle")
+
+
+def test_a_head_in_fp8_is_multiplied_out(tmp_path):
+    path = save(head_of("full"), tmp_path / "fp8", dtype="fp8")
+    config, weights = read(export(path, tmp_path / "out", form="eagle"))
+    assert config["torch_dtype"] == "bfloat16"
+    np.testing.assert_array_equal(weights["fc.weight"].T, load_eagle(path, "bfloat16").fc.kernel[...])
 
 
 def test_transformers_understands_the_blocks(tmp_path):

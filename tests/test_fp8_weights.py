@@ -22,7 +22,7 @@ from test_parity import full_logits
 
 import convert
 from jeagle import LLM, SamplingParams
-from jeagle.checkpoint import CheckpointError, abstract, load_eagle, load_llama, read_source
+from jeagle.checkpoint import CheckpointError, abstract, load_eagle, load_head, load_llama, read_source
 from jeagle.checkpoint_writer import save
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.eagle import EagleHead
@@ -237,6 +237,35 @@ def test_a_head_in_fp8(tmp_path):
     assert all(map(len, tokens(generate(path, tmp_path / "head"))))
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loaded_in_another_dtype_numbers_come_times_their_scales(tmp_path, dtype, devices):
+    if jax.device_count() < devices:
+        pytest.skip("needs eight devices")
+    layout = None if devices == 1 else Layout(make_mesh(1, devices))
+    target = repeated_kv_heads()
+    loaded = variables(load_llama(save(target, tmp_path / "target", dtype="fp8"), dtype, layout=layout))
+    plain = dequantized(quantized(target, jnp.bfloat16))
+    arrays = {path: variable[...].astype(dtype) for path, variable in variables(plain).items()}
+    plain = filled(abstract(target.config, dtype), arrays)
+    placed = variables(plain if layout is None else place(plain, layout))
+    assert loaded.keys() == placed.keys()
+    for path, variable in placed.items():
+        assert loaded[path][...].sharding == variable[...].sharding and loaded[path][...].dtype == variable[...].dtype
+        np.testing.assert_array_equal(loaded[path][...], variable[...], err_msg=path)
+
+
+def test_a_head_takes_the_dtype_of_its_target(tmp_path):
+    """FP8 stays FP8 beside a target in FP8 alone."""
+    target = tiny_llama(vocab_size=97)
+    path = save(tiny_head(target), tmp_path / "head", dtype="fp8")
+    assert dtype_of(load_head(path, target)) == jnp.float32
+    assert dtype_of(load_head(path, quantized(target))) == Fp8(jnp.bfloat16)
+    wide = save(tiny_head(target), tmp_path / "wide")
+    assert dtype_of(load_head(wide, quantized(target))) == jnp.float32
+    assert tokens(generate(target, load_head(path, target))) == tokens(generate(target, None))
+
+
 def test_conversion_quantises(tmp_path):
     source = make_hf(tmp_path / "hf", make_tensors(bias=True), attention_bias=True, mlp_bias=True)
     wide = load_llama(convert.convert(source, tmp_path / "float32"))
@@ -269,7 +298,7 @@ def test_fp8_numbers_of_a_source_stay_as_they_are(tmp_path):
 
 def test_errors_are_one_sentence(tmp_path):
     target = tiny_llama()
-    wide, small = save(target, tmp_path / "wide"), save(target, tmp_path / "small", dtype="fp8")
+    wide = save(target, tmp_path / "wide")
     for make, said in (
         (lambda: load_llama(wide, "int4"), "dtype must be one of auto, float32, bfloat16, fp8, got 'int4'"),
         (

@@ -45,7 +45,7 @@ def test_it_goes_out_and_comes_back_bit_equal(tmp_path, form, smollm2_dir):
 
     export(heads.find(NAME), tmp_path / "hf", verifier="HuggingFaceTB/SmolLM2-135M-Instruct", form=form)
     convert(tmp_path / "hf", tmp_path / "back", kind="eagle", target=smollm2_dir)
-    first, second = load_eagle(heads.find(NAME)), load_eagle(tmp_path / "back")
+    first, second = load_eagle(heads.find(NAME), "bfloat16"), load_eagle(tmp_path / "back")
     assert first.config == second.config
     for a, b in zip(jax.tree.leaves(nnx.state(first)), jax.tree.leaves(nnx.state(second)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from jeagle.text import load_tokenizer
 from jeagle.training.documents import read_json_lines
 from jeagle.training.overlap import overlapping, read_evaluation_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = sorted((ROOT / "scripts" / "prompts").glob("*.jsonl"))
 TRAINING_DATA = sorted((ROOT / "scripts" / "data").glob("*.jsonl.gz"))
+TOKEN_DATA = sorted((ROOT / "scripts" / "data").glob("*.jsonl.xz"))
 # Said in six of the H100's 8,192 answers to other questions, by a target that was not given these: counting, a sequence
 # of Fibonacci's kind, what functions do. They stand in one question of MT-Bench and three of HumanEval.
 PHRASES = (
@@ -70,5 +72,14 @@ def test_no_evaluation_question_is_in_the_training_data(file, role):
     assert [gram for _, gram in found if not any(gram in phrase for phrase in PHRASES)] == []
 
 
+@pytest.mark.parametrize("file", TOKEN_DATA, ids=lambda path: path.name)
+def test_no_evaluation_question_is_asked_in_the_training_data(file, smollm2_dir):
+    """Of files of token ids: what stands before the answers."""
+    turns = [turn for path in QUESTIONS for turn in read_evaluation_prompts(path)]
+    asked = [record["token_ids"][: record["response"][0][0]] for _, record in read_json_lines(file)]
+    assert len(asked) == 64_512
+    assert overlapping(load_tokenizer(smollm2_dir).batch_decode(asked), turns) == []
+
+
 def test_there_is_training_data():
-    assert "smollm2-selfsynth.jsonl.gz" in {path.name for path in TRAINING_DATA}
+    assert "smollm2-selfsynth.jsonl.gz" in {path.name for path in TRAINING_DATA} and TOKEN_DATA

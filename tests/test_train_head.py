@@ -1,11 +1,14 @@
 """scripts/train_head.py from a recipe to a head that generates, and every way a recipe can disagree with its files."""
 
+import dataclasses
 import importlib
 import json
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_tokenizer
 from helpers import tiny_llama
@@ -14,6 +17,9 @@ from reciter import TEXT, reciting_pair
 from jeagle import LLM, SamplingParams
 from jeagle.checkpoint import load_config
 from jeagle.checkpoint_writer import save
+from jeagle.config import EagleConfig
+from jeagle.placement import variables
+from jeagle.training.initial import new_head, with_more_tokens
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -22,7 +28,7 @@ target = "{target}"
 [head]
 kind = "eagle3"
 start = "{start}"
-draft_vocab_size = 120
+draft_vocab_size = {draft}
 tap_norm = "each"
 norm_output = true
 [data]
@@ -65,7 +71,8 @@ def call(files, tmp_path, monkeypatch, capsys):
 
     def run(name: str, *arguments: object, **changes) -> tuple[int, str]:
         recipe = tmp_path / "recipe.toml"
-        recipe.write_text(RECIPE.format(**{"start": "target", "steps": 4, "long": "", **files, **changes}))
+        defaults = {"start": "target", "draft": 120, "steps": 4, "long": ""}
+        recipe.write_text(RECIPE.format(**defaults | files | changes))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", str(recipe), *map(str, arguments)])
         code = importlib.import_module(name).main()
         captured = capsys.readouterr()
@@ -98,6 +105,39 @@ def test_from_recipe_to_text(train, files, tmp_path):
     code, _ = train(start=tmp_path / "first" / "head", steps=2)
     assert code == 0
     assert load_config(tmp_path / "run" / "head") == load_config(tmp_path / "first" / "head")
+
+
+def test_on_with_a_larger_draft_vocabulary():
+    """What the head knows of its own ids stays; new rows are an affine map of the target's, as the trained ones are."""
+    target = tiny_llama(vocab_size=512)
+    config = EagleConfig.for_target(target.config, "eagle3", draft_vocab_size=300)
+    known = np.sort(np.random.default_rng(0).choice(config.vocab_size, 300, replace=False)).astype(np.int32)
+    head = new_head(config, target, jnp.asarray(known), seed=0, sample=None)
+    turned = np.random.default_rng(1).normal(size=(config.width + 1, config.width)).astype(np.float32)
+    rows_VD = np.asarray(target.embed[...] if target.lm_head is None else target.lm_head[...].T)
+    all_VD = np.concatenate([rows_VD, np.ones_like(rows_VD[:, :1])], axis=1) @ turned
+    head.lm_head.set_value(jnp.asarray(all_VD[known].T))
+    ids = np.union1d(known, np.arange(0, config.vocab_size, 3)).astype(np.int32)
+    wider = with_more_tokens(head, target, ids)
+    assert wider.config == dataclasses.replace(config, draft_vocab_size=len(ids))
+    np.testing.assert_array_equal(wider.draft_to_target[...], ids)
+    np.testing.assert_array_equal(wider.lm_head[...][:, np.isin(ids, known)], head.lm_head[...])
+    np.testing.assert_allclose(wider.lm_head[...].T, all_VD[ids], rtol=1e-2, atol=1e-3)
+    same = variables(head)
+    for path, variable in variables(wider).items():
+        if path not in ("lm_head", "draft_to_target"):
+            np.testing.assert_array_equal(variable[...], same[path][...], err_msg=path)
+
+
+def test_a_recipe_with_a_larger_draft_vocabulary(train, tmp_path):
+    assert train(steps=1)[0] == 0
+    (tmp_path / "run").rename(tmp_path / "first")
+    head = tmp_path / "first" / "head"
+    code, said = train(start=head, draft=119)
+    assert code == 1 and "head.draft_vocab_size is 119, but" in said and "has 120; give as many or more" in said
+    code, said = train(start=head, draft=140, steps=1)
+    assert code == 0 and "draft vocabulary 140" in said
+    assert load_config(tmp_path / "run" / "head") == dataclasses.replace(load_config(head), draft_vocab_size=140)
 
 
 def test_what_does_not_fit_together_is_said(train, files, tmp_path):

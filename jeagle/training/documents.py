@@ -1,6 +1,6 @@
 """Documents: texts that the target wrote, as token ids with a mask of what it said in answer.
 
-Three forms of JSON lines (plain or gzip), told apart by their fields::
+Three forms of JSON lines (plain, gzip or xz), told apart by their fields::
 
     {"token_ids": [...], "response": [[start, stop], ...]}     what jeagle/training/writer.py writes
     {"messages": [{"role": ..., "content": ...}, ...]}         conversations, through the tokenizer's chat template
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_documents(
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -74,7 +75,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(record, dict):
                     raise DataError(f"{path}, line {number} is not a JSON object; remove the line or mend it")
                 yield number, record
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}); check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON lines ({error}); make the file again") from error

@@ -138,8 +138,8 @@ def _start(
         return head
     if head.draft_to_target is None or wanted < head.config.draft_vocab_size:
         raise RecipeError(
-            f"head.draft_vocab_size is {wanted}, but {start} has {head.config.draft_vocab_size}; give at least as many, "
-            "or leave the field out to go on from a head"
+            f"head.draft_vocab_size is {wanted}, but {start} has {head.config.draft_vocab_size}; give as many or "
+            "more, or leave the field out to go on from a head"
         )
     known = np.asarray(head.draft_to_target[...]).tolist()
     ids = choose_vocabulary(documents, vocab_size=target.config.vocab_size, size=wanted, always=known)
