@@ -14,14 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = sorted((ROOT / "scripts" / "prompts").glob("*.jsonl"))
 TRAINING_DATA = sorted((ROOT / "scripts" / "data").glob("*.jsonl.gz"))
 TOKEN_DATA = sorted((ROOT / "scripts" / "data").glob("*.jsonl.xz"))
-# Said in six of the H100's 8,192 answers to other questions, by a target that was not given these: counting, a sequence
-# of Fibonacci's kind, what functions do. They stand in one question of MT-Bench and three of HumanEval.
+# Said in 32 of the H100s' 72,704 answers to other questions, by a target that was not given these: counting, a sequence
+# of Fibonacci's kind, what functions do, names.
 PHRASES = (
+    "a sequence of numbers in which each number is the sum of the",
     "are 1 2 3 4 5 6 7",
-    "grid 1 2 3 4 5 6 7",
     "as input and returns the sum of the",
-    "of numbers in which each number is the sum of the",
-    "that takes a string as input and returns the",
+    "function that takes a string as input and returns the",
+    "grid 1 2 3 4 5 6 7",
+    "is not greater than or equal to the",
+    "prove the pythagorean theorem",
+    "that takes a string as an argument and returns a",
+    "the hogwarts school of witchcraft and wizardry a",
+    "this function will take a list of integers",
+    "write a function that takes a string and returns",
 )
 
 
@@ -73,12 +79,15 @@ def test_no_evaluation_question_is_in_the_training_data(file, role):
 
 
 @pytest.mark.parametrize("file", TOKEN_DATA, ids=lambda path: path.name)
-def test_no_evaluation_question_is_asked_in_the_training_data(file, smollm2_dir):
-    """Of files of token ids: what stands before the answers."""
+def test_no_evaluation_question_is_in_the_training_data_of_token_ids(file, smollm2_dir):
+    """By the same rule: one turn each, and the answer after it."""
     turns = [turn for path in QUESTIONS for turn in read_evaluation_prompts(path)]
-    asked = [record["token_ids"][: record["response"][0][0]] for _, record in read_json_lines(file)]
-    assert len(asked) == 64_512
-    assert overlapping(load_tokenizer(smollm2_dir).batch_decode(asked), turns) == []
+    documents = [(record["token_ids"], record["response"][0][0]) for _, record in read_json_lines(file)]
+    assert len(documents) == 64_512
+    decode = load_tokenizer(smollm2_dir).batch_decode
+    assert overlapping(decode([ids[:answer] for ids, answer in documents]), turns) == []
+    found = overlapping(decode([ids[answer:] for ids, answer in documents]), turns)
+    assert [gram for _, gram in found if not any(gram in phrase for phrase in PHRASES)] == []
 
 
 def test_there_is_training_data():
