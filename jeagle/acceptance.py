@@ -2,7 +2,9 @@
 a text repeats of itself by depth.
 
 Trees of all shapes share these statistics: a child of rank r at depth d is taken to be accepted with probability
-rate[d, r] once its parent is, whoever the parent is. Plain numpy on the host; knows no device and no seconds.
+rate[d, r] once its parent is, whoever the parent is. Texts differ in how well they are guessed, and a batch ends with
+its slowest row: what that leaves of a tree's tokens is its **evenness**. Plain numpy on the host; knows no device and
+no seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,6 +24,11 @@ __all__ = ["Acceptance", "Rates", "expected_tokens"]
 FIRST, NEXT = 0.6, 0.3
 LOOKUP_SHARE, LOOKUP_RATE = 0.1, 0.6  # the same of lookups: the rounds that make one, and whether a token is accepted
 PRIOR_TRIES = 10  # how many tries the prior counts for
+# Where nothing else is known of ``Rates.spread``. Batches of SmolLM2's answers have 0.14 to 0.17 under chains of 1 and
+# 0.22 to 0.26 under chains of 3.
+SPREAD = 0.25
+NEWEST = 0.3  # weight of the batch that has just ended in what is known of it
+FORGET = 0.05  # of that, with every batch that did not draft: text changes
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Rates:
     rate_DC: np.ndarray  # how often the child of rank c at depth d + 1 is accepted once its parent is
     lookup_share: float = LOOKUP_SHARE  # of the rounds, those that look their drafts up where the plan has lookups
     lookup_rate_D: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by depth; beyond, as the deepest
+    spread: float = SPREAD  # between texts: the standard deviation of drafts kept per round over their mean
 
     def tokens(self, plan: StaticTree) -> float:
         """Expected tokens per call, the bonus token included. The share of lookups is taken to be the same under all
@@ -37,6 +46,11 @@ class Rates:
             return drafted
         looked = 1 + float(np.cumprod(self.lookup_rates(plan.lookup)).sum())
         return (1 - self.lookup_share) * drafted + self.lookup_share * looked
+
+    def evenness(self, plan: StaticTree, batch: int) -> float:
+        """The share of the tokens that a batch's slowest row leaves, where all are to have as many: rounds of a mean
+        row over those of the slowest, which keeps as little as the last of so many draws from a normal distribution."""
+        return 1 - (1 - 1 / self.tokens(plan)) * min(1.0, self.spread * _largest_of(batch))
 
     def lookup_rates(self, depth: int) -> np.ndarray:
         """Of the first ``depth`` looked-up tokens."""
@@ -66,6 +80,7 @@ class Acceptance:
         self.looked_kept_D = np.zeros_like(self.looked_tried_D)
         self._half_life = half_life
         self._prior = Rates(np.zeros((0, 0))) if prior is None else prior
+        self._spread = self._prior.spread
 
     def add(
         self, plan: StaticTree, tried_N: np.ndarray, kept_N: np.ndarray, looked_P: np.ndarray | None = None
@@ -83,6 +98,25 @@ class Acceptance:
             new = (np.pad(x, (0, more)) for x in (tried_D, kept_D))
             self._count(self.looked_tried_D, self.looked_kept_D, *new)
 
+    def ended(self, num_output_B: np.ndarray, num_rounds_B: np.ndarray, drafted: float) -> None:
+        """A batch is done whose rows, those of no rounds left out, had so many tokens and rounds. Its evenness is the
+        mean number of rounds over the largest, against the same of tokens, which plain decoding would have had.
+
+        Example: two rows of 64 tokens that took 32 and 64 rounds have 0.75: their 1.33 tokens per call gained the batch
+        nothing.
+
+        drafted: the share of the rounds that drafted; the others teach nothing.
+        """
+        served = num_rounds_B > 0
+        tokens, rounds = num_output_B[served], num_rounds_B[served]
+        if not drafted:
+            self._spread += FORGET * (self._prior.spread - self._spread)
+        elif len(rounds) > 1 and tokens.sum() > rounds.sum():
+            evenness = (rounds.mean() / rounds.max()) / (tokens.mean() / tokens.max())
+            gained = 1 - rounds.sum() / tokens.sum()
+            found = max(0.0, float(1 - evenness) / float(gained * _largest_of(len(rounds))))
+            self._spread += NEWEST * drafted * (found - self._spread)
+
     def _count(self, tried: np.ndarray, kept: np.ndarray, new_tried: np.ndarray, new_kept: np.ndarray) -> None:
         worth = 0.5 ** (new_tried / self._half_life)
         tried[...], kept[...] = tried * worth + new_tried, kept * worth + new_kept
@@ -92,7 +126,7 @@ class Acceptance:
         prior = self._prior
         prior_D = np.array([prior.lookup_share, *prior.lookup_rates(len(self.looked_tried_D) - 1)])
         rate_D = (self.looked_kept_D + PRIOR_TRIES * prior_D) / (self.looked_tried_D + PRIOR_TRIES)
-        return Rates(self.rate_DC, float(rate_D[0]), rate_D[1:])
+        return Rates(self.rate_DC, float(rate_D[0]), rate_D[1:], self._spread)
 
     @property
     def rate_DC(self) -> np.ndarray:
@@ -110,6 +144,11 @@ class Acceptance:
             tried, kept = self.tried_DC[depth, rank] + PRIOR_TRIES, self.kept_DC[depth, rank] + PRIOR_TRIES * prior
             rate_DC[depth, rank] = min(float(kept / tried), left)
         return rate_DC
+
+
+def _largest_of(count: int) -> float:
+    """Of so many draws from a normal distribution, the expected largest, in standard deviations (Blom, 1958)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
 def expected_tokens(plan: StaticTree, rate_DC: np.ndarray) -> float:

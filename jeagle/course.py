@@ -42,7 +42,8 @@ class Course:
         self._counted: tuple[np.ndarray, ...] | None = None  # what the last look saw of this tree's counts
         self._most: int | None = None  # rounds that the tree was chosen for; None for any number
         self._held = 0  # and how many of them it has had
-        self._refilled = False
+        self._refilled = False  # others have taken the places of rows that were done
+        self._queued = False  # and more are to
         self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name
         self.acceptance_BP = np.zeros((bucket.batch, 1), int)  # as in ``DecodeState``, over all trees
         self.looked_BP = np.zeros((bucket.batch, 1), int)  # likewise
@@ -72,12 +73,15 @@ class Course:
         """The acceptance that drafts were forced to, see ``verify.force``."""
         return self._program.profile
 
-    def seat(self, batch: Batch, places: np.ndarray) -> DecodeState:
+    def seat(self, batch: Batch, places: np.ndarray, *, queued: bool = False) -> DecodeState:
         """Prefill the rows of ``batch`` that have ``places`` (int [n], ascending): all that are to be served, or after
         the first time such as take the places of finished ones. What is counted by row begins anew for them.
 
         The first launch's tree is chosen here: what begins plainly need not fill the head's cache.
+
+        queued: whether more wait for places.
         """
+        self._queued = queued
         shapes = dict(chunk=self.bucket.chunk, rows=self.bucket.rows)
         if self._state is None:
             self._choose()
@@ -116,7 +120,7 @@ class Course:
         """Take the tree of the next launch."""
         if self._dispatcher is None:
             return
-        plan, self._most = self._dispatcher.choose(self._setting)
+        plan, self._most = self._dispatcher.choose(self._setting, self._queued)
         self._held = 0
         if plan != self._program.plan:
             new = dataclasses.replace(self._program, plan=plan)

@@ -6,7 +6,8 @@ Where all rows of a round look their drafts up, the head does not draft, and the
 alone (``seconds_with_lookups``).
 
 A batch ends with its slowest row. Drafts are kept more often in some rows than in others, so a batch that drafts runs
-on for a few rows where a plain one would be done: **evenness** is the share that this leaves (``Dispatcher.ended``).
+on for a few rows where a plain one would be done: evenness (``acceptance.py``) is the share that this leaves. Where
+others wait to take the places of rows that are done, it is 1.
 
 Decided per batch and again between launches, on finished rounds; the text never depends on it. All that enters a
 decision is the same on every process, so all decide alike.
@@ -46,8 +47,6 @@ log = logging.getLogger("jeagle")
 
 CANDIDATES = tuple(f"{tree}+lookup" for tree in ("chain-1", "chain-2", "chain-3", "chain-5", "bush-8"))
 PROBE_ROUNDS = 8  # of a probe, of a tree's first launch, and at least between two switches
-NEWEST = 0.3  # weight of the batch that has just ended in what is known of evenness
-FORGET = 0.05  # of it, with every batch that did not draft: text changes
 KNOWN_TRIES = 64  # of first drafts: with fewer nothing is known of a head that comes without a table
 
 
@@ -154,7 +153,6 @@ class Dispatcher:
             sampled: Acceptance(self.plans, half_life=dispatch.half_life, prior=prior)
             for sampled, prior in priors.items()
         }
-        self._evenness: dict[Setting, float] = {}
         self._tries_to_know = KNOWN_TRIES if dispatch.trees is None else 0
         self._seats: dict[Setting, Seat] = {}
         self._served = dict.fromkeys(self.plans, 0)  # rounds, in any setting
@@ -190,17 +188,22 @@ class Dispatcher:
             self._seconds[setting] = {plan: seconds[plan] for plan in self._timed if plan in seconds}
         return self._seconds[setting]
 
-    def values(self, setting: Setting) -> dict[StaticTree, float]:
+    def values(self, setting: Setting, refilled: bool = False) -> dict[StaticTree, float]:
         """Expected tokens per second of each row under each candidate, over a batch's whole course."""
-        rates, evenness = self.acceptance[setting.sampled].rates, self._evenness.get(setting, 1.0)
+        rates = self.acceptance[setting.sampled].rates
         seconds = seconds_with_lookups(self.seconds(setting), rates.lookup_share**setting.batch)
-        return {plan: rates.tokens(plan) / seconds[plan] * (1.0 if plan == OFF else evenness) for plan in self.plans}
 
-    def choose(self, setting: Setting) -> Choice:
-        """The tree of the next launch."""
+        def evenness(plan: StaticTree) -> float:
+            return 1.0 if refilled else rates.evenness(plan, setting.batch)
+
+        return {plan: rates.tokens(plan) / seconds[plan] * evenness(plan) for plan in self.plans}
+
+    def choose(self, setting: Setting, refilled: bool = False) -> Choice:
+        """The tree of the next launch. refilled: others take the places of rows that are done."""
         with self._lock:
-            seat = self._seat(setting)
-            probe = self._probe(setting, seat)
+            values = self.values(setting, refilled)
+            seat = self._seat(setting, values)
+            probe = self._probe(setting, seat, values[seat.plan])
             if probe is not None:
                 log.debug("batch %d: probing %s", setting.batch, tree_name(probe))
                 return Choice(probe, PROBE_ROUNDS)
@@ -227,30 +230,13 @@ class Dispatcher:
                 self._credit += self._options.probe_share * rounds * self.seconds(setting)[plan]
 
     def ended(self, setting: Setting, num_output_B: np.ndarray, num_rounds_B: np.ndarray, drafted: float) -> None:
-        """A batch is done. Evenness is its rows' mean number of rounds over the largest, against the same of tokens,
-        which is what plain decoding would have had.
-
-        Example: two rows of 64 tokens that took 32 and 64 rounds have 0.75: their 1.33 tokens per call gained the batch
-        nothing.
-
-        drafted: the share of the rounds that drafted; the others teach nothing.
-        """
-        served = num_rounds_B > 0
-        if not served.any():
-            return
-        tokens, rounds = num_output_B[served], num_rounds_B[served]
+        """A batch is done whose rows nobody took over; as ``Acceptance.ended``."""
         with self._lock:
-            known = self._evenness.get(setting)
-            if drafted:
-                found = (rounds.mean() / rounds.max()) / (tokens.mean() / tokens.max())
-                known, weight = (1.0, drafted) if known is None else (known, NEWEST * drafted)
-                self._evenness[setting] = float((1 - weight) * known + weight * found)
-            elif known is not None:
-                self._evenness[setting] = (1 - FORGET) * known + FORGET
+            self.acceptance[setting.sampled].ended(num_output_B, num_rounds_B, drafted)
 
-    def _seat(self, setting: Setting) -> Seat:
+    def _seat(self, setting: Setting, value: Mapping[StaticTree, float]) -> Seat:
         """The seat, given to the best tree if that is worth a switch."""
-        value, gain = self.values(setting), 1 + self._options.gain
+        gain = 1 + self._options.gain
         best = max(value, key=lambda plan: value[plan])
         if value[best] < gain * value[OFF]:
             best = OFF
@@ -276,9 +262,9 @@ class Dispatcher:
         seat = self._seats[setting] = Seat(best)
         return seat
 
-    def _probe(self, setting: Setting, seat: Seat) -> StaticTree | None:
-        """A tree that has something to teach, if one is due and paid for."""
-        known, seconds, enough = _cells(seat.plan), self.seconds(setting), self.values(setting)[seat.plan]
+    def _probe(self, setting: Setting, seat: Seat, enough: float) -> StaticTree | None:
+        """A tree that has something to teach, if one is due and paid for. enough: the value of the one in use."""
+        known, seconds = _cells(seat.plan), self.seconds(setting)
         others = [p for p in self.plans if not _cells(p) <= known and (p.max_depth + 1) / seconds[p] > enough]
         if not others or not self._options.probe_share:
             return None

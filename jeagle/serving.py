@@ -103,7 +103,8 @@ def _seated(course: Course, waiting: deque[Row], free: list[int], detokenizer) -
     """The next rows in the free places, prefilled."""
     began = time.perf_counter()
     rows = {place: waiting.popleft() for place in free[: len(waiting)]}
-    jax.block_until_ready(course.seat(make_batch(rows, course.bucket), np.array(list(rows))))
+    batch = make_batch(rows, course.bucket)
+    jax.block_until_ready(course.seat(batch, np.array(list(rows)), queued=bool(waiting)))
     now = time.perf_counter()
     return {place: Seat(row, detokenizer(row), now - began, now) for place, row in rows.items()}
 

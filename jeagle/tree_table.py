@@ -2,7 +2,7 @@
 and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
 
     {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "lookup_share": 0.3, "lookup_rate": [0.7, 0.8],
-     "best": {"1": "bush-8+lookup", "8": "chain-1"}, ..,
+     "spread": 0.25, "best": {"1": "bush-8+lookup", "8": "chain-1"}, ..,
      "sampled": {"rate": .., "best": .., ..}}                  of sampled requests; without it, the same for both
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jeagle.acceptance import LOOKUP_SHARE, Rates
+from jeagle.acceptance import LOOKUP_SHARE, SPREAD, Rates
 from jeagle.tree import StaticTree, TreePlan, parse_tree
 
 __all__ = ["Plans", "Searched", "TreeTable"]
@@ -33,14 +33,17 @@ class Searched(NamedTuple):
     def read(cls, found: Any) -> Searched:
         rate_DC, rate_D = np.array(found["rate"], float), np.array(found.get("lookup_rate", []), float)
         share = float(found.get("lookup_share", LOOKUP_SHARE))
+        spread = float(found.get("spread", SPREAD))
         parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
         best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
         inside = all(((x >= 0) & (x <= 1)).all() for x in (rate_DC, rate_D, np.array(share)))
+        if not 0 <= spread < math.inf:
+            raise ValueError(f"spread must be 0 or more, not {spread}")
         if rate_DC.ndim != 2 or rate_D.ndim != 1 or not inside:
             raise ValueError("rates must be rows of numbers in 0..1")
         if not best or len(best) < len(parsed):
             raise ValueError("best must name a static tree for a batch size at least")
-        return cls(Rates(rate_DC, share, rate_D), best)
+        return cls(Rates(rate_DC, share, rate_D, spread), best)
 
 
 @dataclass(frozen=True)

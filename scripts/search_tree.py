@@ -12,7 +12,7 @@ each batch size (jeagle/costs.py), plain decoding beside them, and lookups alone
 rows look up; tokens per second are expected tokens over seconds.
 
 **Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1.
-**Evenness** is what a batch's slowest row leaves of them (``evenness`` below): rows that are done wait for the others.
+**Evenness** is what a batch's slowest row leaves of them (``Rates.evenness``): rows that are done wait for the others.
 **Speed-up** is over plain decoding at the same batch size, of the decode rounds alone. **best** is the fastest, or
 plain decoding ("off") where no tree promises --gain over it: batches have turned out less even than drawn ones.
 
@@ -52,16 +52,10 @@ def counted(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple
     return llm.dispatcher.acceptance[params.temperature > 0], calls_R
 
 
-def evenness(calls_R: np.ndarray, tokens: float, batch: int, draws: int = 1000) -> float:
-    """Rounds of a batch's mean row over those of its slowest, all rows as long, for a tree of so many expected tokens.
-
-    calls_R: tokens per call of single answers under the wide tree; what lies above 1 is taken to shrink with the tree
-    alike in all. Batches are drawn from them at random.
-    """
-    gain_R = calls_R - 1
-    rounds_R = 1 / (1 + gain_R * (tokens - 1) / max(float(gain_R.mean()), 1e-9))
-    drawn_DB = np.random.default_rng(0).choice(rounds_R, (draws, batch))
-    return float((drawn_DB.mean(axis=1) / drawn_DB.max(axis=1)).mean())
+def spread(calls_R: np.ndarray) -> float:
+    """``Rates.spread`` of answers with so many tokens per call."""
+    kept_R = calls_R - 1
+    return float(kept_R.std() / max(float(kept_R.mean()), 1e-9))
 
 
 def always(plan: StaticTree) -> Dispatch:
@@ -70,13 +64,12 @@ def always(plan: StaticTree) -> Dispatch:
     return Dispatch(candidates=[plan], costs=costs, probe_share=0.0, half_life=np.inf)
 
 
-def rows_of(rates: Rates, calls_R: np.ndarray, batch: int, measured: dict[StaticTree, float]) -> list[dict[str, Any]]:
+def rows_of(rates: Rates, batch: int, measured: dict[StaticTree, float]) -> list[dict[str, Any]]:
     """A row per tree, the fastest first. measured: lookups alone among them, which other rates hold of."""
     seconds = seconds_with_lookups(measured, rates.lookup_share**batch)
 
     def row(plan: StaticTree) -> dict[str, Any]:
-        tokens = rates.tokens(plan)
-        even = evenness(calls_R, tokens, batch)
+        tokens, even = rates.tokens(plan), rates.evenness(plan, batch)
         return dict(
             tree=tree_name(plan),
             nodes=plan.num_nodes,
@@ -102,13 +95,13 @@ def search(llm: LLM, prompts: list[list[int]], temperature: float, args: argpars
     """All three steps, and what they found."""
     params = SamplingParams(max_tokens=args.max_tokens, temperature=temperature, seed=0)
     acceptance, calls_R = counted(llm, prompts, params)
-    rates = acceptance.rates
+    rates = dataclasses.replace(acceptance.rates, spread=spread(calls_R))
     found_trees = best_trees(rates.rate_DC, args.nodes, args.depths)
     trees = list(dict.fromkeys([OFF, *(StaticTree((), n - 1) for n in args.nodes), *map(with_lookup, found_trees)]))
     program = Program(filters=Filters.needed([params]))
     settings = [Setting(batch, args.capacity, temperature > 0) for batch in args.batch]
     costs = CostTable({s: measure_rounds(llm._decoder, program, trees, s) for s in settings})
-    found = {s.batch: rows_of(rates, calls_R, s.batch, costs.seconds(s)) for s in settings}
+    found = {s.batch: rows_of(rates, s.batch, costs.seconds(s)) for s in settings}
     for batch, rows in found.items():
         print_rows(f"temperature {temperature:g}, batch {batch}", rows)
     return dict(
@@ -116,6 +109,7 @@ def search(llm: LLM, prompts: list[list[int]], temperature: float, args: argpars
         rate=rates.rate_DC.tolist(),
         lookup_share=rates.lookup_share,
         lookup_rate=rates.lookup_rate_D.tolist(),
+        spread=rates.spread,
         tried=acceptance.tried_DC.tolist(),
         lookup_tried=acceptance.looked_tried_D.tolist(),
         tokens_per_call=calls_R.tolist(),

@@ -76,8 +76,8 @@ def test_under_trees_that_change_with_every_launch(pair, monkeypatch):
     """Off and on again: rows are seated in a batch whose head has been dropped, and beside such as came before it."""
     plans = itertools.cycle(Dispatch(candidates=["chain-1", "chain-3"]).plans)
 
-    def choose(self, setting):
-        self._seat(setting)
+    def choose(self, setting, refilled):
+        self._seat(setting, self.values(setting))
         return Choice(next(plans), 3)
 
     monkeypatch.setattr(Dispatcher, "choose", choose)

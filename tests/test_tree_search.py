@@ -82,12 +82,6 @@ def test_a_comb_has_every_rank_at_every_depth() -> None:
     assert comb(2, 2) == StaticTree(((0,), (1,), (0, 0), (0, 1)))
 
 
-def test_evenness() -> None:
-    """What a batch's slowest row leaves."""
-    assert search_tree.evenness(np.array([2.0, 2.0]), 2.0, batch=8) == 1
-    assert search_tree.evenness(np.array([1.0, 3.0]), 2.0, batch=1) == 1
-    # One in two rows gains nothing: a large batch waits for those, whose rounds are three times the others'.
-    assert search_tree.evenness(np.array([1.0, 3.0]), 2.0, batch=400) == pytest.approx(2 / 3, abs=0.01)
-    small, large = (search_tree.evenness(np.array([1.2, 1.5, 2.0]), 1.5, batch) for batch in (2, 16))
-    assert 1 > small > large > 0
-    assert search_tree.evenness(np.ones(3), 1.0, batch=4) == 1  # a head that is never right
+def test_spread_of_answers() -> None:
+    assert search_tree.spread(np.array([1.5, 2.5])) == 0.5
+    assert search_tree.spread(np.array([2.0, 2.0])) == search_tree.spread(np.ones(3)) == 0
