@@ -15,7 +15,10 @@ from jeagle.requests import Bucket
 from jeagle.sharding import fetch
 from jeagle.tree import OFF, StaticTree, tree_name
 
-__all__ = ["Course", "Look"]
+__all__ = ["Course", "Look", "capacities"]
+
+SMALL_CAPACITY = 1024  # cache positions per row that are worth a program, and a copy of the cache, of their own
+LEAST_ROUNDS = 8  # of a launch, for want of room: with less room than they may need caches grow
 
 
 class Look(NamedTuple):
@@ -24,6 +27,15 @@ class Look(NamedTuple):
     finish_B: np.ndarray  # as in ``DecodeState``
     num_output_B: np.ndarray
     num_rounds_B: np.ndarray
+
+
+def capacities(most: int, page_size: int) -> list[int]:
+    """Cache positions per row to begin with, and to go on with as texts grow: whole pages, about half of the next, up
+    to ``most``. Example: 1088, 2112 and 4224 for 4,224, and 1024 alone for 1,024."""
+    found = [most]
+    while found[0] >= 2 * SMALL_CAPACITY:
+        found.insert(0, -(-found[0] // (2 * page_size)) * page_size)
+    return found
 
 
 class Course:
@@ -37,7 +49,12 @@ class Course:
     def __init__(self, decoder: Decoder, program: Program, bucket: Bucket, dispatcher: Dispatcher | None = None):
         self.bucket = bucket
         self._decoder, self._program, self._dispatcher = decoder, program, dispatcher
-        self._setting = Setting(bucket.batch, bucket.capacity, program.filters.sample)
+        self._capacities = [bucket.capacity]
+        if decoder.grows:
+            self._capacities = capacities(bucket.capacity, decoder.page_size)
+        self._longest = 0  # committed positions of the longest row that has not finished
+        # Of the capacity to begin with: others would all be measured, which compiles all trees anew.
+        self._setting = Setting(bucket.batch, self._capacities[0], program.filters.sample)
         self._state: DecodeState | None = None
         self._counted: tuple[np.ndarray, ...] | None = None  # what the last look saw of this tree's counts
         self._most: int | None = None  # rounds that the tree was chosen for; None for any number
@@ -83,11 +100,13 @@ class Course:
         """
         self._queued = queued
         shapes = dict(chunk=self.bucket.chunk, rows=self.bucket.rows)
+        self._longest = max(self._longest, *batch.num_prompt_B)
         if self._state is None:
             self._choose()
-            self._state = self._decoder.start(batch, self._program, capacity=self.bucket.capacity, **shapes)
+            self._state = self._decoder.start(batch, self._program, capacity=self._roomy(), **shapes)
             return self._state
         self._refilled = True
+        self._grow()
         self._state = self._decoder.refill(self._state, self._program, batch, places, **shapes)
         for counts in (*self.rounds_by_tree.values(), self.acceptance_BP, self.looked_BP, *(self._counted or ())):
             counts[places] = 0
@@ -98,13 +117,18 @@ class Course:
         have not finished."""
         if self._held >= (self._most or PROBE_ROUNDS):  # streams, which launch single rounds, ask no more often
             self._choose()
+        self._grow()
         rounds = most_rounds if self._most is None else min(most_rounds, self._most - self._held)
+        if self._capacity < self.bucket.capacity:
+            rounds = min(rounds, (self._capacity - self._longest) // self._program.num_path)
         self._held += rounds
         state = self._state = self._decoder.launch(self.state, self._program, rounds, least_running)
         look = state.finish_B, state.num_output_B, state.num_rounds_B
-        look, counts = fetch((look, (state.acceptance_BP, state.looked_BP, state.tried_BN, state.kept_BN)))
+        counts = state.acceptance_BP, state.looked_BP, state.tried_BN, state.kept_BN
+        look, counts, length_B = fetch((look, counts, state.length_B))
         self._count(*counts)
         seen = Look(*look)
+        self._longest = int(length_B.max(where=seen.finish_B == 0, initial=0))
         # Where others took the places of those that had finished, nobody waited for the slowest.
         if self._dispatcher is not None and (seen.finish_B > 0).all() and not self._refilled:
             by_tree = {name: int(rounds_B.sum()) for name, rounds_B in self.rounds_by_tree.items()}
@@ -115,6 +139,20 @@ class Course:
     def end(self, finish_B: np.ndarray) -> None:
         """Rows that the host has ended."""
         self._state = dataclasses.replace(self.state, finish_B=self._decoder.put(finish_B))
+
+    @property
+    def _capacity(self) -> int:
+        return self.state.page_table_BM.shape[1] * self._decoder.page_size
+
+    def _roomy(self) -> int:
+        """The smallest capacity in which the next launch has room."""
+        needed = self._longest + LEAST_ROUNDS * self._program.num_path
+        return next((capacity for capacity in self._capacities if capacity >= needed), self.bucket.capacity)
+
+    def _grow(self) -> None:
+        """See to it that the next launch has room."""
+        if self._capacity < (roomy := self._roomy()):
+            self._state = self._decoder.grow(self.state, roomy)
 
     def _choose(self) -> None:
         """Take the tree of the next launch."""
