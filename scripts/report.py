@@ -1,10 +1,10 @@
-"""The README's numbers and pictures, made of the JSON files in scripts/results/.
+"""Numbers and pictures, made of the JSON files in scripts/results/.
 
-    python scripts/report.py            writes the table into README.md and draws the pictures
-    python scripts/report.py --check    exit code 1 and a sentence where README.md says something else
+    python scripts/report.py            writes the tables and draws the pictures
+    python scripts/report.py --check    exit code 1 and a sentence where a table says something else
 
-The table stands between two comments in README.md. A row is made of one result file; what has no file has no row. The
-pictures are bench_generate's, drawn anew beside its JSON.
+scripts/results/README.md has everything, a table per result file; the headlines among the rows stand between two
+comments in README.md. What has no file has no row. The pictures are bench_generate's, drawn anew beside its JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from gpu_parts.numbers import NUMBERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
+EVERYTHING = """# Everything that was measured
+
+Made by `python scripts/report.py` of the JSON files beside it. Ratios are within one run; in brackets are quartiles.
+Steps are greedy ones. CPUs are shared virtual machines of 2 cores, AMD EPYCs, "with AVX-512" or with AVX2; what names
+no vectors was measured on AVX2, with earlier heads. Each file also has the versions, commit and load of its run.
+
+"""
 BEGIN, END = "<!-- numbers: made by scripts/report.py -->", "<!-- end of numbers -->"
 
 Result = dict[str, Any]
@@ -184,6 +191,18 @@ ROWS: dict[str, Callable[[Result], Iterator[tuple[str, str]]]] = {
 }
 
 
+# Of each script, what a row that the README shows must have in it, one or the other.
+HEADLINES: dict[str, tuple[str, ...]] = {
+    "eval_acceptance": ("temperature 0, chain-4:", "temperature 1, chain-4:", "speculative over plain"),
+    "bench_generate": ("dispatch",),
+    "bench_peers": ("jeagle, ", "transformers, batch", "llama.cpp", "vllm"),
+    "bench_steady": ("outside the device loop", "tokens/s"),
+    "bench_queue": ("",),
+    "bench_start": ("",),
+    "gpu_suite": ("8B shape", "1B shape, random", "SmolLM2"),
+}
+
+
 def title(result: Result) -> str:
     """What all rows of a file share."""
     if result["script"] == "gpu_suite":
@@ -207,6 +226,19 @@ def section(results: dict[str, Result]) -> str:
         said = f"{title(result)}. By `{short_command(result['command'])}` (`scripts/results/{name}`{cut(result)}):"
         parts.append("\n".join([said, "", "| what | measured |", "| --- | --- |", *rows]))
     return "\n\n".join(parts)
+
+
+def headlines(results: dict[str, Result]) -> str:
+    """One table of the rows that README.md shows, with what they were measured on."""
+    rows = []
+    for name, result in results.items():
+        wanted = HEADLINES.get(result["script"], ())
+        device, _, about = result["device"].partition(" (")
+        device += " with AVX-512" * (device == "cpu" and "AVX-512" in about)
+        for what, found in ROWS[result["script"]](result):
+            if any(part in what for part in wanted):
+                rows.append(f"| {what} | {found} | [{device}](scripts/results/{name}) |")
+    return "\n".join(["| what | measured | where |", "| --- | --- | --- |", *rows])
 
 
 def cut(result: Result) -> str:
@@ -257,18 +289,23 @@ def draw_pictures(results: dict[str, Result], directory: Path) -> None:
 def main() -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, say whether README.md is what JSON gives")
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether tables are what JSON gives")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     try:
-        readme = args.readme.read_text(encoding="utf-8")
         results = read_results(args.results)
-        wanted = with_numbers(readme, section(results))
-        if args.check and wanted != readme:
-            raise ValueError(f"the numbers in {args.readme.name} are not what the results give: run scripts/report.py")
+        everything = args.results / "README.md"
+        wanted = {
+            args.readme: with_numbers(args.readme.read_text(encoding="utf-8"), headlines(results)),
+            everything: EVERYTHING + section(results) + "\n",
+        }
+        for path, text in wanted.items():
+            if args.check and (not path.exists() or path.read_text(encoding="utf-8") != text):
+                raise ValueError(f"the numbers in {path.name} are not what the results give: run scripts/report.py")
         if not args.check:
-            args.readme.write_text(wanted, encoding="utf-8")
+            for path, text in wanted.items():
+                path.write_text(text, encoding="utf-8")
             draw_pictures(results, args.results)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -46,10 +46,15 @@ def test_a_changed_number_is_noticed_and_mended(run, tmp_path):
     code, errors = run("--check", *where)
     assert code == 1 and errors.count("\n") == 1 and "run scripts/report.py" in errors
     assert run(*where) == (0, "")
-    written = readme.read_text()
-    assert "| 0.5 s (import 0.5, run 0.5) |" in written and "`python scripts/x.py m --a 1`" in written
+    written, everything = readme.read_text(), results / "README.md"
+    assert "| 0.5 s (import 0.5, run 0.5) | [cpu](scripts/results/start.json) |" in written
     assert written.startswith("before\n") and written.endswith("\nafter\n")
+    assert "| 0.5 s (import 0.5, run 0.5) |" in everything.read_text()
+    assert "`python scripts/x.py m --a 1`" in everything.read_text()
     assert run("--check", *where) == (0, "")
+    everything.unlink()
+    assert run("--check", *where)[0] == 1
+    assert run(*where) == (0, "")
     (results / "start.json").write_text(json.dumps(start | dict(seconds=HALF | dict(median=0.6))))
     assert run("--check", *where)[0] == 1
 
