@@ -24,7 +24,7 @@ from jeagle.sharding import rows_first, split
 from jeagle.tree import OFF, StaticTree, Tree, TreePlan
 from jeagle.verify import accept, force
 
-__all__ = ["FINISH_REASONS", "DecodeState", "Logprobs", "Program", "launch", "round_step"]
+__all__ = ["FINISH_REASONS", "DecodeState", "Logprobs", "Program", "grown", "launch", "round_step"]
 
 FINISH_REASONS = (None, "stop", "length")  # DecodeState.finish_B indexes it
 
@@ -250,3 +250,27 @@ def launch(
         return rounds + 1, round_step(target, head, state, program)
 
     return jax.lax.while_loop(go_on, one_round, (jnp.int32(0), state))[1]
+
+
+def grown(state: DecodeState, *, more_pages: int) -> DecodeState:
+    """``more_pages`` for every row, whose pages lie in order before and after."""
+    B, M = state.page_table_BM.shape
+    page_size = state.cache.keys[0].shape[2]
+
+    def longer(x: jax.Array, axis: int, by: int) -> jax.Array:
+        return jnp.pad(x, [(0, by if i == axis else 0) for i in range(x.ndim)])
+
+    def more(pages: jax.Array) -> jax.Array:
+        of_rows = pages.reshape(pages.shape[0], B, M, *pages.shape[2:])
+        return longer(of_rows, 2, more_pages).reshape(pages.shape[0], -1, *pages.shape[2:])
+
+    cache = jax.tree.map(more, state.cache)
+    draft, logprobs, by = state.draft, state.logprobs, more_pages * page_size
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        draft=None if draft is None else dataclasses.replace(draft, cache=jax.tree.map(more, draft.cache)),
+        page_table_BM=jnp.arange(B * (M + more_pages), dtype=jnp.int32).reshape(B, -1),
+        text_BS=longer(state.text_BS, 1, by),
+        logprobs=jax.tree.map(lambda x: longer(x, 1, by), logprobs),
+    )

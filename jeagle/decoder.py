@@ -23,7 +23,7 @@ from flax import nnx
 from jeagle import sharding
 from jeagle.cache import KVCache
 from jeagle.config import BlockConfig
-from jeagle.decode import FINISH_REASONS, DecodeState, Logprobs, Program, launch
+from jeagle.decode import FINISH_REASONS, DecodeState, Logprobs, Program, grown, launch
 from jeagle.draft import DraftState, settle
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
@@ -103,7 +103,7 @@ class Decoder:
         self._settle = jit(on_modules(_settled), static_argnames=("attention",))
         self._fit = jax.jit(on_modules(_fitted), static_argnames=("num_path",))
         self._replace = jit(on_modules(_replaced))
-        self._grow = jax.jit(_grown, static_argnames=("more_pages",))
+        self._grow = jax.jit(grown, static_argnames=("more_pages",))
         self._compiled: dict[tuple, CompiledProgram] = {}
         self._used: dict[tuple, int] = {}  # when, on this clock
         self._clock = itertools.count()
@@ -222,11 +222,7 @@ class Decoder:
 
     @property
     def grows(self) -> bool:
-        """Whether caches begin small: XLA:CPU can only multiply with whole arrays (``tree_attention_xla.py``), and
-        reads a small one faster than as much of a large one. Kernels read what is seen, and growing takes a copy.
-
-        SmolLM2, float32, two AVX-512 cores, a plain round after 2,000 of 4,195 positions: 21 ms, of 32 without.
-        """
+        """Whether caches begin small and grow, see ``course.capacities``."""
         return self.layout is None and jax.default_backend() == "cpu"
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
@@ -386,30 +382,6 @@ def _fitted(
 def _replaced(target: Llama, head: EagleHead | None, old, new, fresh_B: jax.Array):
     """``old``'s arrays [B, ...], where ``fresh_B`` those of ``new``."""
     return jax.tree.map(lambda a, b: jnp.where(fresh_B.reshape(-1, *[1] * (a.ndim - 1)), b, a), old, new)
-
-
-def _grown(state: DecodeState, *, more_pages: int) -> DecodeState:
-    """``more_pages`` for every row, whose pages lie in order before and after."""
-    B, M = state.page_table_BM.shape
-    page_size = state.cache.keys[0].shape[2]
-
-    def longer(x: jax.Array, axis: int, by: int) -> jax.Array:
-        return jnp.pad(x, [(0, by if i == axis else 0) for i in range(x.ndim)])
-
-    def more(pages: jax.Array) -> jax.Array:
-        of_rows = pages.reshape(pages.shape[0], B, M, *pages.shape[2:])
-        return longer(of_rows, 2, more_pages).reshape(pages.shape[0], -1, *pages.shape[2:])
-
-    cache = jax.tree.map(more, state.cache)
-    draft, logprobs, by = state.draft, state.logprobs, more_pages * page_size
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        draft=None if draft is None else dataclasses.replace(draft, cache=jax.tree.map(more, draft.cache)),
-        page_table_BM=jnp.arange(B * (M + more_pages), dtype=jnp.int32).reshape(B, -1),
-        text_BS=longer(state.text_BS, 1, by),
-        logprobs=jax.tree.map(lambda x: longer(x, 1, by), logprobs),
-    )
 
 
 def state_axes(state):
