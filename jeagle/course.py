@@ -33,9 +33,9 @@ def capacities(most: int, page_size: int) -> list[int]:
     """Cache positions per row to begin with, and to go on with as texts grow: whole pages, about half of the next, up
     to ``most``. Example: 1088, 2112 and 4224 for 4,224, and 1024 alone for 1,024.
 
-    For CPUs: XLA can only multiply with whole arrays there (``tree_attention_xla.py``), and reads a small one faster than
-    as much of a large one. SmolLM2, float32, two AVX-512 cores, a plain round after 2,000 of 4,195 positions: 21 ms, of
-    32 without. Kernels read what is seen, and growing takes a copy.
+    For CPUs: XLA can only multiply with whole arrays there (``tree_attention_xla.py``), and reads a small one faster
+    than as much of a large one. SmolLM2, float32, two AVX-512 cores, a plain round after 2,000 of 4,195 positions:
+    21 ms, of 32 without. Kernels read what is seen, and growing takes a copy.
     """
     found = [most]
     while found[0] >= 2 * SMALL_CAPACITY:

@@ -226,7 +226,7 @@ class Decoder:
         return self.layout is None and jax.default_backend() == "cpu"
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
-        """The same rows, with room for ``capacity`` positions each, a multiple of the page size."""
+        """The same rows, with room for ``capacity`` positions each, whole pages."""
         return self._grow(state, more_pages=capacity // self.page_size - state.page_table_BM.shape[1])
 
     def _fresh_draft(self, state: DecodeState, program: Program) -> DraftState:
@@ -374,8 +374,7 @@ def _fitted(
     target: Llama, head: EagleHead, feature_BPX: jax.Array, token_BP: jax.Array, *, num_path: int
 ) -> tuple[jax.Array, jax.Array]:
     """Pending rows padded with zeros or cut to P = ``num_path``."""
-    kept = min(num_path, token_BP.shape[1])
-    more = (0, num_path - kept)
+    more = (0, num_path - (kept := min(num_path, token_BP.shape[1])))
     return jnp.pad(feature_BPX[:, :kept], ((0, 0), more, (0, 0))), jnp.pad(token_BP[:, :kept], ((0, 0), more))
 
 
