@@ -34,8 +34,8 @@ def capacities(most: int, page_size: int) -> list[int]:
     to ``most``. Example: 1088, 2112 and 4224 for 4,224, and 1024 alone for 1,024.
 
     For CPUs: XLA can only multiply with whole arrays there (``tree_attention_xla.py``), and reads a small one faster
-    than as much of a large one. SmolLM2, float32, two AVX-512 cores, a plain round after 2,000 of 4,195 positions:
-    21 ms, of 32 without. Kernels read what is seen, and growing takes a copy.
+    than part of a large one: of 4,096 positions all but ten in 5.6 ms, 1,500 of them in 7.9
+    (scripts/results/bench_attention_cpu_smollm2.json). Kernels read what is seen, and growing takes a copy.
     """
     found = [most]
     while found[0] >= 2 * SMALL_CAPACITY:

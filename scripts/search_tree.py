@@ -14,7 +14,7 @@ rows look up; tokens per second are expected tokens over seconds.
 **Expected tokens** are per call of the target and row, the bonus token included, so plain decoding has 1.
 **Evenness** is what a batch's slowest row leaves of them (``Rates.evenness``): rows that are done wait for the others.
 **Speed-up** is over plain decoding at the same batch size, of the decode rounds alone. **best** is the fastest, or
-plain decoding ("off") where no tree promises --gain over it: batches have turned out less even than drawn ones.
+plain decoding ("off") where no tree promises --gain over it: batches have turned out less even than expected.
 
 Written to ``trees.json`` in the head's directory, the result is what ``LLM(tree="auto")`` drafts and
 ``LLM(tree="dispatch")`` begins with (jeagle/tree_table.py), where two temperatures are given for greedy and for sampled
