@@ -24,8 +24,8 @@ __all__ = ["Acceptance", "Rates", "expected_tokens"]
 FIRST, NEXT = 0.6, 0.3
 LOOKUP_SHARE, LOOKUP_RATE = 0.1, 0.6  # the same of lookups: the rounds that make one, and whether a token is accepted
 PRIOR_TRIES = 10  # how many tries the prior counts for
-# Where nothing else is known of ``Rates.spread``. SmolLM2's answers have 0.30, sampled ones 0.23, under a wide tree (the
-# head's trees.json).
+# Where nothing else is known of ``Rates.spread``. SmolLM2's answers have 0.30, sampled ones 0.23, under a wide tree
+# (the head's trees.json).
 SPREAD = 0.25
 NEWEST = 0.3  # weight of the batch that has just ended in what is known of it
 FORGET = 0.05  # of that, with every batch that did not draft: text changes

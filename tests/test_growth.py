@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from test_exactness import CONFIG, PAGE, markov_head, markov_target
-from test_serving import QUIET, told
+from test_serving import QUIET, assert_same_logprobs, told
 
 from jeagle import LLM, SamplingParams, course
 from jeagle.course import capacities
@@ -71,9 +71,7 @@ def test_what_a_row_gets_does_not_depend_on_its_cache(pair, tree, places, kv, gr
     grown.clear()
     whole = LLM(*pair, **options).generate(prompts, params, **QUIET)
     assert told(small) == told(whole) and not grown
-    for ours, theirs in zip(small, whole, strict=True):
-        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
-            assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
+    assert_same_logprobs(small, whole)
 
 
 def test_under_trees_that_change(pair, grown, monkeypatch) -> None:

@@ -56,6 +56,13 @@ def told(outputs: Sequence[RequestOutput]) -> list[tuple]:
     ]
 
 
+def assert_same_logprobs(ours: Sequence[RequestOutput], theirs: Sequence[RequestOutput]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
+            assert list(a) == list(b)
+            assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
+
+
 @pytest.mark.parametrize("tree", ["off", "chain-2", "chain-2+lookup-3"])
 @pytest.mark.parametrize(("places", "free"), [(1, 0.25), (3, 0.01), (8, 0.25), (8, 1.0)])
 def test_what_a_row_gets_does_not_depend_on_its_turn(pair, tree, places, free, monkeypatch):
@@ -66,10 +73,7 @@ def test_what_a_row_gets_does_not_depend_on_its_turn(pair, tree, places, free, m
     monkeypatch.setattr(serving, "FREE", free)
     in_turns = LLM(*pair, tree=tree, max_batch_size=places, **OPTIONS).generate(prompts, params, **QUIET)
     assert told(in_turns) == told(together)
-    for ours, theirs in zip(in_turns, together, strict=True):
-        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
-            assert list(a) == list(b)
-            assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
+    assert_same_logprobs(in_turns, together)
 
 
 def test_under_trees_that_change_with_every_launch(pair, monkeypatch):
