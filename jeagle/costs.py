@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ import numpy as np
 import jeagle
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder
+from jeagle.host import described
 from jeagle.sampling import RowSampling, SamplingParams, seed_keys
 from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
 
@@ -50,13 +51,14 @@ class Setting:
     batch: int
     capacity: int  # cache positions per row
     sampled: bool  # whether the program can draw samples
+    filtered: bool = False  # and whether it looks for the likely tokens first (top-k, top-p, min-p)
 
-    def distance(self, other: Setting) -> tuple[float, float, bool]:
+    def distance(self, other: Setting) -> tuple[float, float, bool, bool]:
         """How unlike another one: in batch above all, by factors."""
         batch, capacity = (
             abs(math.log2(a / b)) for a, b in ((self.batch, other.batch), (self.capacity, other.capacity))
         )
-        return batch, capacity, self.sampled != other.sampled
+        return batch, capacity, self.sampled != other.sampled, self.filtered != other.filtered
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CostTable:
 
     def seconds(self, setting: Setting) -> dict[StaticTree, float]:
         """Of every tree measured in ``setting``, made monotone over its batches and trees."""
-        alike = [s for s in self.rounds if (s.capacity, s.sampled) == (setting.capacity, setting.sampled)]
+        alike = [s for s in self.rounds if dataclasses.replace(s, batch=setting.batch) == setting]
         cells = [(s, plan) for s in alike for plan in self.rounds[s]]
         sizes = np.array([(s.batch, plan.num_nodes, plan.max_depth, len(plan.levels)) for s, plan in cells])
         smooth = monotone(sizes, np.array([self.rounds[s][plan] for s, plan in cells]))
@@ -159,7 +161,7 @@ def environment_of(decoder: Decoder, program: Program) -> dict[str, Any]:
     device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
     return dict(
         device=device.device_kind,
-        cores=os.cpu_count() if device.platform == "cpu" else None,
+        host=described() if device.platform == "cpu" else None,
         mesh=None if layout is None else dict(layout.mesh.shape),
         rules=None if layout is None else dataclasses.asdict(layout.rules),
         jax=jax.__version__,
@@ -186,7 +188,7 @@ def _digest(values: dict[str, Any]) -> str:
 def save_costs(path: Path, table: CostTable, environment: dict[str, Any]) -> None:
     """Written whole or not at all: processes may share the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
+    draft = path.with_suffix(f".{secrets.token_hex(8)}")
     draft.write_text(json.dumps(dict(environment=environment, rounds=table.rows()), indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
 
@@ -196,7 +198,9 @@ def load_costs(path: str | Path) -> CostTable:
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["rounds"]
         rounds = {
-            Setting(int(row["batch"]), int(row["capacity"]), bool(row["sampled"])): _seconds(row["seconds"])
+            Setting(
+                int(row["batch"]), int(row["capacity"]), bool(row["sampled"]), bool(row.get("filtered", False))
+            ): _seconds(row["seconds"])
             for row in rows
         }
     except FileNotFoundError:

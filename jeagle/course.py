@@ -38,8 +38,8 @@ def capacities(most: int, page_size: int) -> list[int]:
     (scripts/results/bench_attention_cpu_smollm2.json). Kernels read what is seen, and growing takes a copy.
     """
     found = [most]
-    while found[0] >= 2 * SMALL_CAPACITY:
-        found.insert(0, -(-found[0] // (2 * page_size)) * page_size)
+    while found[0] >= 2 * SMALL_CAPACITY and (half := -(-found[0] // (2 * page_size)) * page_size) < found[0]:
+        found.insert(0, half)
     return found
 
 
@@ -59,7 +59,8 @@ class Course:
             self._capacities = capacities(bucket.capacity, decoder.page_size)
         self._longest = 0  # committed positions of the longest row that has not finished
         # Of the capacity to begin with: others would all be measured, which compiles all trees anew.
-        self._setting = Setting(bucket.batch, self._capacities[0], program.filters.sample)
+        filters = program.filters
+        self._setting = Setting(bucket.batch, self._capacities[0], filters.sample, filters.filter)
         self._state: DecodeState | None = None
         self._counted: tuple[np.ndarray, ...] | None = None  # what the last look saw of this tree's counts
         self._most: int | None = None  # rounds that the tree was chosen for; None for any number

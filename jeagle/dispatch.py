@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -154,6 +154,7 @@ class Dispatcher:
             for sampled, prior in priors.items()
         }
         self._tries_to_know = KNOWN_TRIES if dispatch.trees is None else 0
+        self._tries = {False: 0, True: 0}  # of first drafts, greedy and sampled
         self._seats: dict[Setting, Seat] = {}
         self._served = dict.fromkeys(self.plans, 0)  # rounds, in any setting
         self._credit = 0.0  # seconds earned for probes
@@ -177,7 +178,7 @@ class Dispatcher:
                 known = agreed([measured[plan] for plan in self._timed])
                 stored.rounds[setting] = {**row, **measured}
                 if path is not None and jax.process_index() == 0:
-                    save_costs(path, stored, environment)
+                    _save(path, stored, environment)
             self._table.rounds[setting] = dict(zip(self._timed, known))
             self._seconds.clear()
 
@@ -224,6 +225,8 @@ class Dispatcher:
         with self._lock:
             self.acceptance[setting.sampled].add(plan, tried_N, kept_N, looked_P)
             self._served[plan] += rounds
+            if plan.levels:
+                self._tries[setting.sampled] += int(tried_N[1])
             seat = self._seats[setting]
             seat.rounds += rounds
             if plan == seat.plan:
@@ -268,8 +271,9 @@ class Dispatcher:
         others = [p for p in self.plans if not _cells(p) <= known and (p.max_depth + 1) / seconds[p] > enough]
         if not others or not self._options.probe_share:
             return None
-        if not seat.plan.levels and self.acceptance[setting.sampled].tried_DC[0, 0] < self._tries_to_know:
-            return max(others, key=lambda p: p.max_depth)
+        drafting = [p for p in others if p.levels]
+        if drafting and not seat.plan.levels and self._tries[setting.sampled] < self._tries_to_know:
+            return max(drafting, key=lambda p: p.max_depth)
         plan = others[self._turn % len(others)]
         price = PROBE_ROUNDS * max(0.0, seconds[plan] - 1 / enough)  # counting on one token a round
         if self._credit < price:
@@ -287,6 +291,14 @@ def _read(path: Path | None) -> CostTable:
         except ValueError as error:
             log.warning("%s: measuring again", error)
     return CostTable()
+
+
+def _save(path: Path, table: CostTable, environment: dict[str, Any]) -> None:
+    """Where that is possible: with a disk that is full or read only, what was measured serves this process."""
+    try:
+        save_costs(path, table, environment)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): another process will have to measure again", path, error)
 
 
 def seconds_with_lookups(seconds: Mapping[StaticTree, float], all_look_up: float) -> dict[StaticTree, float]:

@@ -70,11 +70,12 @@ def connect(
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turn what the runtime says when a peer is gone into one sentence. Alone, errors pass as they are."""
+    """Turn what the runtime says when a peer is gone into one sentence. Errors of this process's own pass as they are:
+    all where it is alone, those of memory and of arguments in any case."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
             raise
         reason = str(error).splitlines()[0][:200]
         raise PeerError(

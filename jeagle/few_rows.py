@@ -20,12 +20,11 @@ width one becomes a plain product *after* YNNPACK has picked its own, and so goe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from jeagle.host import has_avx512
 from jeagle.sharding import on_mesh
 
 __all__ = ["LARGE", "MOST_ROWS", "multiply_rows"]
@@ -57,15 +56,6 @@ def multiply_rows(
 
     y = jax.lax.platform_dependent(rows, cpu=on_cpu, default=multiply)
     return y.reshape(*x.shape[:-1], *y.shape[1:])
-
-
-@cache
-def has_avx512() -> bool:
-    """Whether this processor does, where Linux tells."""
-    try:
-        return "avx512f" in Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
 
 
 def apart(multiply: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from jeagle.dispatch import Dispatch, Dispatcher
 from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
+from jeagle.host import like_here
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
@@ -145,7 +146,7 @@ class LLM:
         if head_directory is not None and (auto or dispatch is not None):
             searched = TreeTable.of_head(head_directory)
         plans = Plans.always(plan)
-        if auto and searched is not None and searched.device.startswith(jax.devices()[0].device_kind):
+        if auto and searched is not None and like_here(searched.device):
             plans = Plans(searched.greedy.best, searched.sampled.best)
         dispatcher: Dispatcher | None = None
         if dispatch is not None:
@@ -194,7 +195,7 @@ class LLM:
 
     @plan.setter
     def plan(self, plan: TreePlan) -> None:
-        self._plans = Plans.always(plan)
+        self._plans, self.dispatcher = Plans.always(plan), None
 
     def plan_for(self, batch: int, *, sampled: bool = False) -> TreePlan:
         """The tree for so many rows; sampled: whether any of them has a temperature."""
@@ -300,8 +301,9 @@ class LLM:
 
     def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
         text = Detokenizer(tokenizer, row.params.stop)
-        course = self._course([row], speculative)
-        course.seat(make_batch({0: row}, course.bucket), np.arange(1))
+        with explained():
+            course = self._course([row], speculative)
+            course.seat(make_batch({0: row}, course.bucket), np.arange(1))
         sent = 0
         while True:
             with explained():
@@ -340,10 +342,11 @@ class LLM:
         shapes = bucket(rows, self._max_batch_size, chunks=self._chunks, **sizes)
         filters, num_logprobs = wanted(rows)
         plan = self.plan_for(shapes.batch, sampled=filters.sample) if speculative else OFF
-        program = Program(plan, filters, num_logprobs, self._attention, self._sampler)
-        if program.drafts:
-            program = dataclasses.replace(program, profile=self.synthetic_acceptance)
-        return Course(decoder, program, shapes, self.dispatcher if speculative else None)
+        dispatcher = self.dispatcher if speculative else None
+        may_draft = any(p.levels for p in ((plan,) if dispatcher is None else dispatcher.plans))
+        profile = self.synthetic_acceptance if may_draft else None
+        program = Program(plan, filters, num_logprobs, self._attention, self._sampler, profile)
+        return Course(decoder, program, shapes, dispatcher)
 
     def _serve(self, queue: list[Row], speculative: bool, bar: tqdm) -> Iterator[Finished]:
         """Generate for rows that take turns in one batch."""

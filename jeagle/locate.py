@@ -15,7 +15,7 @@ __all__ = ["cache_directory", "check_vocabulary", "locate"]
 
 def cache_directory(given: str | Path | None = None) -> Path:
     """Where conversions and compiled programs are kept: as given, else $JEAGLE_CACHE or ~/.cache/jeagle."""
-    return Path(given or os.environ.get("JEAGLE_CACHE") or Path.home() / ".cache" / "jeagle")
+    return Path(given or os.environ.get("JEAGLE_CACHE") or "~/.cache/jeagle").expanduser()
 
 
 def check_vocabulary(head: Path, target: Path | None) -> None:

@@ -131,6 +131,11 @@ class Filters:
     top_p: bool = False
     min_p: bool = False
 
+    @property
+    def filter(self) -> bool:
+        """Whether any token is left out."""
+        return self.top_k or self.top_p or self.min_p
+
     @classmethod
     def needed(cls, params: list[SamplingParams]) -> Filters:
         sampled = [p for p in params if p.temperature > 0]

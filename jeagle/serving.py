@@ -119,6 +119,8 @@ def _finished(
     now: float,
 ) -> Finished:
     row, text, count = seat.row, seat.text, int(look.num_output_B[place])
+    if text is not None:
+        text.finish()  # what was held back for the rest of a character may hold the stop string
     token_ids = emitted(text_BS[place], row, count)
     reason = FINISH_REASONS[look.finish_B[place]]
     stop_reason: int | str | None = None
@@ -134,8 +136,6 @@ def _finished(
             best = zip(*(x[place, p, : row.params.logprobs].tolist() for x in (logprobs.top_id_BOn, logprobs.top_BOn)))
             ranked = {t: Logprob(value, rank) for rank, (t, value) in enumerate(best, 1)}
             tops.append({token: Logprob(float(logprobs.chosen_BO[place, p])), **ranked})
-    if text is not None:
-        text.finish()
     return Finished(
         row=row,
         token_ids=token_ids,

@@ -159,7 +159,9 @@ def fetch(tree: Any) -> Any:
     """Arrays as numpy on every process, wherever their parts lie. Copies: the arrays may be donated later."""
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return jax.tree.map(np.array, jax.device_get(tree))  # device_get starts all copies before it waits for one
-    return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(
+        np.array, multihost_utils.process_allgather(tree, tiled=True)
+    )  # it gives what cannot be written
 
 
 # What is being traced for. A context, not an argument of every function: models and rounds are the same functions on

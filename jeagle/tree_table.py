@@ -50,7 +50,7 @@ class Searched(NamedTuple):
 class TreeTable:
     greedy: Searched
     sampled: Searched
-    device: str = ""  # what they were timed on, JAX's device kind first
+    device: str = ""  # what they were timed on, as ``host.described`` says it
 
     @classmethod
     def of_head(cls, directory: Path) -> TreeTable | None:

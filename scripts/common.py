@@ -22,6 +22,7 @@ from measuring import compiled_before
 from tqdm import tqdm
 
 from jeagle import LLM, RequestMetrics, RequestOutput, SamplingParams
+from jeagle.host import described
 from jeagle.inputs import Message
 from jeagle.results import summed
 
@@ -47,22 +48,12 @@ def environment() -> dict[str, Any]:
     """
     return dict(
         command=shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        device=f"{jax.devices()[0].device_kind} ({_processor()}, {os.cpu_count()} cores)",
+        device=described(),
         jax=jax.__version__,
         versions=dict(python=platform.python_version()) | {name: version(name) for name in ("jaxlib", "flax", "numpy")},
         commit=_commit(),
         load_average=os.getloadavg()[0],
     )
-
-
-def _processor() -> str:
-    """The architecture and, where Linux tells, its widest vectors: what products take follows them."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        flags = []
-    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None)
-    return platform.machine() + (f" with {widest}" if widest else "")
 
 
 def _commit() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 
@@ -10,15 +9,12 @@ import numpy as np
 import pytest
 from test_exactness import markov_head, markov_target
 
-from jeagle import LLM, SamplingParams, dispatch, heads
+from jeagle import LLM, SamplingParams, heads
 from jeagle.acceptance import LOOKUP_SHARE, Acceptance, Rates, expected_tokens
 from jeagle.checkpoint_writer import save
-from jeagle.costs import CostTable, Setting, load_costs, modelled_costs, monotone, save_costs
-from jeagle.devices import DEVICES
+from jeagle.costs import CostTable, Setting
 from jeagle.dispatch import PROBE_ROUNDS, Dispatch, Dispatcher, seconds_with_lookups
-from jeagle.floor import Job
-from jeagle.footprint import Split
-from jeagle.sizes import head_for, size
+from jeagle.host import described, processor
 from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
 from jeagle.tree_table import TreeTable
 
@@ -81,18 +77,7 @@ def test_rounds_in_which_no_row_asks_the_head() -> None:
     assert one[looked] > four[looked] and one[OFF] == four[OFF] and set(one) == {OFF, looked}
 
 
-# The costs.
-
-
-def test_monotone() -> None:
-    np.testing.assert_allclose(monotone(np.array([[1], [2], [3]]), np.array([5.0, 4.0, 6.0])), [4.5, 4.5, 6.0])
-    rng = np.random.default_rng(0)
-    sizes, value = rng.integers(0, 4, (40, 3)), rng.random(40)
-    smooth = monotone(sizes, value)
-    for i, j in itertools.permutations(range(40), 2):
-        if (sizes[i] <= sizes[j]).all():
-            assert smooth[i] <= smooth[j]
-    np.testing.assert_array_equal(monotone(sizes, smooth), smooth)
+# The choice.
 
 
 TABLE = CostTable(
@@ -103,42 +88,6 @@ TABLE = CostTable(
 )
 
 
-def test_a_table_outlives_its_file(tmp_path) -> None:
-    save_costs(tmp_path / "new" / "costs.json", TABLE, dict(device="cpu"))
-    assert load_costs(tmp_path / "new" / "costs.json") == TABLE
-    assert TABLE.seconds(Setting(1, 256, False))[CHAIN_3] == 0.014
-    assert TABLE.nearest(Setting(24, 4096, True)) == Setting(32, 256, False)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"rounds": []}', '{"rounds": [{"batch": 1}]}', "missing"])
-def test_a_file_that_is_no_table(tmp_path, text: str) -> None:
-    path = tmp_path / "costs.json"
-    if text != "missing":
-        path.write_text(text)
-    with pytest.raises(ValueError, match=r"is not a cost table .*; remove it|does not exist") as error:
-        load_costs(path)
-    assert "\n" not in str(error.value)
-
-
-def test_modelled_costs_count_experts() -> None:
-    """More rows and more nodes ask for more of Maverick's experts, so a tree costs relatively more than on a dense
-    model of memory-bound rounds."""
-
-    def ratios(model: str) -> list[float]:
-        target = size(model)
-        head = head_for(target, "eagle3")[0]
-        split = Split(tensor=8)
-        job = Job(name=model, target=target, head=head, device=DEVICES["h100"], split=split, context=4096, tree=CHAIN_3)
-        table = modelled_costs(job, (OFF, CHAIN_3), (1, 8))
-        return [row[CHAIN_3] / row[OFF] for row in table.rounds.values()]
-
-    dense, routed = ratios("llama-3.3-70b"), ratios("llama-4-maverick")
-    assert all(1 < of_dense < of_experts for of_dense, of_experts in zip(dense, routed, strict=True))
-
-
-# The choice.
-
-
 def dispatcher(**options) -> Dispatcher:
     return Dispatcher(Dispatch(candidates=["chain-1", "chain-3"], costs=TABLE, **options))
 
@@ -147,6 +96,7 @@ def teach(d: Dispatcher, setting: Setting, rate: float, rounds: int = 500) -> No
     """Rounds of a chain whose every draft is taken with probability ``rate``."""
     kept = rounds * rate ** np.arange(4)
     d.acceptance[setting.sampled].add(CHAIN_3, np.array([rounds, *kept[:-1]]), kept)
+    d._tries[setting.sampled] += rounds
 
 
 ONE, MANY = Setting(1, 256, False), Setting(32, 256, False)
@@ -171,7 +121,7 @@ def served(d: Dispatcher, setting: Setting, rounds: int, kept: float) -> StaticT
     """One launch of at most ``rounds`` rounds, as ``Course`` has it."""
     plan, most = d.choose(setting)
     rounds = rounds if most is None else min(rounds, most)
-    counts = rounds * kept ** np.arange(plan.num_nodes)
+    counts = rounds * kept ** np.arange(len(plan.paths) + 1)
     d.learn(setting, plan, rounds, np.array([rounds, *counts[:-1]]), counts)
     return plan
 
@@ -285,7 +235,23 @@ def test_nothing_known_is_found_out_at_once() -> None:
     assert used == [CHAIN_1] * 12
     d = Dispatcher(Dispatch(candidates=["chain-1", "chain-3"], costs=costs))
     used = [served(d, ONE, 64, 0.0) for _ in range(12)]
-    assert used == [CHAIN_1] * 9 + [OFF] * 3  # 72 tries, as older ones fade
+    assert used == [CHAIN_1] * 8 + [OFF] * 4
+
+
+@pytest.mark.parametrize("options", [{}, dict(half_life=30.0)])
+def test_a_head_that_is_no_good_is_soon_known(options: dict) -> None:
+    """Also where old tries fade before they are enough; lookups, which teach nothing of it, are no such try."""
+    lookup = parse_tree("lookup-8")
+    costs = CostTable({ONE: {OFF: 1.0, CHAIN_1: 1.7, lookup: 4.0}})
+    d = Dispatcher(Dispatch(candidates=["chain-1", "lookup-8"], costs=costs, probe_share=1e-6, **options))
+    used = [served(d, ONE, 64, 0.0) for _ in range(60)]
+    assert used == [CHAIN_1] * 8 + [OFF] * 52
+
+
+def test_lookups_alone_can_be_chosen_between() -> None:
+    lookup = parse_tree("lookup-4")
+    d = Dispatcher(Dispatch(candidates=["lookup-4"], costs=CostTable({ONE: {OFF: 1.0, lookup: 2.0}})))
+    assert d.choose(ONE).plan == OFF
 
 
 def test_a_probe_finds_that_drafts_pay_again() -> None:
@@ -342,9 +308,8 @@ def test_the_shipped_head_has_a_table() -> None:
 
 def test_sampled_requests_have_a_table_of_their_own(tmp_path) -> None:
     sampled = dict(rate=[[0.4]], lookup_share=0.05, lookup_rate=[0.5], best={"1": "chain-1+lookup", "8": "off"})
-    found = dict(
-        rate=[[0.6]], lookup_share=0.4, lookup_rate=[0.9], best={"1": "chain-3"}, device="cpu", sampled=sampled
-    )
+    greedy = dict(rate=[[0.6]], lookup_share=0.4, lookup_rate=[0.9], best={"1": "chain-3"})
+    found = dict(greedy, device=described(), sampled=sampled)
     head = save(markov_head(markov_target()), tmp_path / "head")
     (head / "trees.json").write_text(json.dumps(found))
     d = Dispatcher(Dispatch(trees=TreeTable.of_head(head)))
@@ -397,7 +362,12 @@ def test_generate_with_a_dispatcher(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "trees"), [("cpu (x86_64)", ("chain-3+lookup-2", "chain-1")), ("a GPU", ("chain-1+lookup",) * 2)]
+    ("device", "trees"),
+    [
+        (f"cpu ({processor()}, 99 cores)", ("chain-3+lookup-2", "chain-1")),
+        ("cpu (x86_64 with other vectors, 2 cores)", ("chain-1+lookup",) * 2),
+        (f"a GPU ({processor()}, 99 cores)", ("chain-1+lookup",) * 2),
+    ],
 )
 def test_auto_is_what_was_searched_for_the_batch_size_on_such_a_device(tmp_path, device, trees) -> None:
     target = markov_target()
@@ -427,27 +397,3 @@ def test_a_course_tells_how_even_its_rows_were(tmp_path, monkeypatch) -> None:
     rounds = sum(out.metrics.num_rounds for out in outs)
     assert num_rounds_B.sum() == rounds
     assert drafted == pytest.approx(1 - sum(out.metrics.rounds_by_tree.get("off", 0) for out in outs) / rounds)
-
-
-def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch, caplog) -> None:
-    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-    tree = Dispatch(candidates=["chain-1"])
-    first = make_llm(tmp_path, tree=tree).generate([[1, 2]], params, use_tqdm=False)
-    (path,) = (tmp_path / "costs").glob("*.json")
-    (row,) = json.loads(path.read_text())["rounds"]
-    assert row["batch"] == 1
-    assert set(row["seconds"]) == {"off", "chain-1"}
-    assert 0 < row["seconds"]["off"] <= 10
-
-    measured = []
-    monkeypatch.setattr(dispatch, "measure_rounds", lambda *args: measured.append(args) or {OFF: 1.0, CHAIN_1: 9.0})
-    second = make_llm(tmp_path, tree=tree)
-    assert second.generate([[1, 2]], params, use_tqdm=False)[0].outputs == first[0].outputs
-    assert not measured
-    path.write_text("{")
-    third = make_llm(tmp_path, tree=tree)
-    (out,) = third.generate([[1, 2]], params, use_tqdm=False)
-    assert len(measured) == 1
-    assert "is not a cost table" in caplog.text
-    assert out.metrics.rounds_by_tree == {"off": 12}
-    assert load_costs(path).rounds == {Setting(1, 256, False): {OFF: 1.0, CHAIN_1: 9.0}}

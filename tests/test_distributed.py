@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_llama
 from reciter import make_head
+from tiny_tokenizer import VOCAB_SIZE, tokenizer_files
 
 from jeagle import LLM, SamplingParams, distributed
 from jeagle.checkpoint_writer import save
@@ -21,6 +22,8 @@ from jeagle.config import EagleConfig
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [3]]
 PARAMS = [dict(max_tokens=20), dict(max_tokens=20, temperature=0.8, seed=3), dict(max_tokens=9, temperature=1.0)]
 OPTIONS = dict(tree="chain-2", page_size=8)
+QUEUED = [[20 + i] for i in range(5)]  # for two places
+STOPPING = dict(max_tokens=30, temperature=1.0, seed=1, stop=list("abcdefghijklmnopqrstuvwxyz"))
 DISPATCH = 'Dispatch(candidates=["chain-2", "chain-3"], probe_share=0.5)'  # looks at both often
 
 WORKER = """
@@ -35,6 +38,9 @@ dispatch.measure_rounds = lambda decoder, program, plans, setting: {
     plan: 1 + (0.08 if process == 0 else 3.0) * (plan.num_nodes - 1) for plan in plans
 }
 llm = LLM(target, head, tree=%(tree)s, page_size=8, tensor_parallel_size=4, data_parallel_size=2)
+turns = LLM(target, head, tree="chain-2", page_size=8, max_batch_size=2, tensor_parallel_size=4, data_parallel_size=2)
+answers = turns.generate(%(queued)s, SamplingParams(**%(stopping)s), use_tqdm=False)
+print(json.dumps({"queued": [out.outputs[0].token_ids for out in answers]}), flush=True)
 def ids():
     outputs = llm.generate(%(prompts)s, [SamplingParams(**p) for p in %(params)s], use_tqdm=False)
     return [out.outputs[0].token_ids for out in outputs], [out.metrics.rounds_by_tree for out in outputs]
@@ -50,13 +56,13 @@ if sys.argv[5] == "die":
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> tuple[str, str]:
     directory = tmp_path_factory.mktemp("pair")
-    target = tiny_llama(num_heads=8, num_kv_heads=4, num_layers=1)
+    target = tiny_llama(num_heads=8, num_kv_heads=4, num_layers=1, vocab_size=VOCAB_SIZE)
     head = make_head(EagleConfig.for_target(target.config, "eagle3", taps=(0, 1)))
-    return str(save(target, directory / "target")), str(save(head, directory / "head"))
+    return str(save(target, directory / "target", extra_files=tokenizer_files())), str(save(head, directory / "head"))
 
 
 def start(process: int, port: int, checkpoints: tuple[str, str], how: str) -> subprocess.Popen:
-    code = WORKER % dict(tree=DISPATCH, prompts=PROMPTS, params=PARAMS)
+    code = WORKER % dict(tree=DISPATCH, prompts=PROMPTS, params=PARAMS, queued=QUEUED, stopping=STOPPING)
     cache = str(Path(checkpoints[0]).parent / "cache")  # no costs of an earlier run
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1", "JEAGLE_CACHE": cache}
     return subprocess.Popen(
@@ -88,7 +94,13 @@ def test_two_processes_then_one(checkpoints):
             one.kill()
             two.kill()
     lasted = time.monotonic() - died
-    alone = LLM(*checkpoints, **OPTIONS).generate(PROMPTS, [SamplingParams(**p) for p in PARAMS], use_tqdm=False)
+    llm = LLM(*checkpoints, **OPTIONS)
+    alone = llm.generate(PROMPTS, [SamplingParams(**p) for p in PARAMS], use_tqdm=False)
+    queued = llm.generate(QUEUED, SamplingParams(**STOPPING), use_tqdm=False)
+    assert "stop" in {out.outputs[0].finish_reason for out in queued}
+    for said_by_one in (survivor, other):
+        (line,) = (line for line in said_by_one.splitlines() if line.startswith('{"queued"'))
+        assert json.loads(line)["queued"] == [out.outputs[0].token_ids for out in queued]
     first, second = (
         json.loads(next(line for line in text.splitlines() if line.startswith("[[")))  # Gloo prints too
         for text in (survivor, other)

@@ -21,6 +21,7 @@ ROWS = 5
 def test_capacities() -> None:
     assert capacities(256, 64) == [256] and capacities(1984, 64) == [1984]
     assert capacities(4224, 64) == [1088, 2112, 4224] and capacities(2048, 16) == [1024, 2048]
+    assert capacities(2048, 2048) == [2048] and capacities(8192, 4096) == [4096, 8192]  # no less than a page
     for most, page in itertools.product(range(2048, 9000, 192), (16, 64)):
         found = capacities(most // page * page, page)
         assert found[-1] == most // page * page and all(n % page == 0 for n in found)

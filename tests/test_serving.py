@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,17 @@ import tiny_tokenizer
 from reciter import reciting_pair
 from test_exactness import CAPACITY, CHUNK, CONFIG, PAGE, markov_head, markov_target
 from test_switching import make_batch
+from test_text import ByteTokenizer
 
 from jeagle import LLM, RequestOutput, SamplingParams, serving
 from jeagle.checkpoint_writer import save
+from jeagle.course import Look
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.dispatch import Choice, Dispatch, Dispatcher
+from jeagle.requests import Row
+from jeagle.serving import Seat, _finished
+from jeagle.text import Detokenizer
 from jeagle.tree import OFF
 
 QUIET = dict(use_tqdm=False)
@@ -106,6 +112,18 @@ def test_stop_strings_in_turns(tmp_path):
     ]
     assert [out.outputs for out in outputs[0]] == [out.outputs for out in outputs[1]]  # rounds after a match are wasted
     assert outputs[0][0].outputs[0].text.endswith("m.") and outputs[0][0].outputs[0].stop_reason == "STOP"
+
+
+def test_a_stop_string_in_what_was_held_back():
+    """The last token is a space and half a character: what ends the text is known when nothing more can come."""
+    row = Row(0, 0, np.array([1], np.int32), SamplingParams(max_tokens=2, stop=" "), np.zeros(2, np.uint32), ())
+    seat = Seat(row, Detokenizer(ByteTokenizer("word", b" \xe2\x80"), (" ",)), 0.0, 0.0)
+    text_BS, look = np.array([[1, 256, 257]]), Look(np.array([2]), np.array([2]), np.array([2]))
+    seat.text.push(text_BS[0, 1:].tolist())
+    none = SimpleNamespace(acceptance_BP=np.zeros((1, 1), int), looked_BP=np.zeros((1, 1), int), rounds_by_tree={})
+    none.profile, none.tree = None, "off"
+    finished = _finished(none, 0, seat, look, text_BS, None, 0.0)
+    assert (finished.text, finished.finish_reason, finished.stop_reason) == ("word", "stop", " ")
 
 
 def test_nobody_waits_for_the_longest(pair, monkeypatch):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from reciter import make_head
 
-from jeagle import LLM, EagleConfig, SamplingParams
-from jeagle.tree import Tree, ancestor_mask
+from jeagle import LLM, Dispatch, EagleConfig, SamplingParams
+from jeagle.costs import CostTable, Setting
+from jeagle.tree import Tree, ancestor_mask, parse_tree
 from jeagle.verify import check_profile, constant_profile, force
 
 PROMPTS = [[5, 6, 7], [9] * 20]
@@ -55,6 +56,24 @@ def test_limits_and_stop_ids_hold(llm):
     said = outs[0].outputs[0].token_ids
     stopped = generate(llm, stop_token_ids=[said[8]])[0].outputs[0]
     assert stopped.finish_reason == "stop" and stopped.token_ids == said[: said.index(said[8]) + 1]
+
+
+def test_under_a_dispatcher_whose_largest_tree_is_a_lookup(tmp_path):
+    target = helpers.tiny_llama(max_position=256)
+    costs = CostTable(
+        {Setting(2, 256, True): dict(zip(map(parse_tree, ("off", "chain-1", "lookup-8")), (3.0, 3.1, 9.0)))}
+    )
+    llm = LLM(
+        target,
+        make_head(EagleConfig.for_target(target.config, "eagle3")),
+        tree=Dispatch(candidates=["chain-1", "lookup-8"], costs=costs),
+        synthetic_acceptance=[1.0],
+        cache_dir=tmp_path,
+    )
+    metrics = [out.metrics for out in generate(llm)]
+    assert {m.synthetic_acceptance for m in metrics} == {(1.0,)} and {m.tokens_per_call for m in metrics} == {17 / 9}
+    llm.plan = parse_tree("chain-1")  # from now on that tree alone
+    assert {m.tree for m in (out.metrics for out in generate(llm))} == {"2 nodes, depth 1"}
 
 
 def test_plain_decoding_is_not_marked(llm):

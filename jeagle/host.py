@@ -1,0 +1,47 @@
+"""The machine this process runs on, in words: seconds measured on one kind of it are not those of another."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import jax
+
+__all__ = ["described", "has_avx512", "like_here", "processor"]
+
+
+@cache
+def _flags() -> frozenset[str]:
+    """Of the processor, where Linux tells."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()
+
+
+def has_avx512() -> bool:
+    return "avx512f" in _flags()
+
+
+def processor() -> str:
+    """The architecture and its widest vectors, which products of few rows follow (``few_rows.py``)."""
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in _flags()), None)
+    return platform.machine() + (f" with {widest}" if widest else "")
+
+
+def described() -> str:
+    """JAX's first device and its host. Example: "cpu (x86_64 with AVX-512, 2 cores)"."""
+    return f"{jax.devices()[0].device_kind} ({processor()}, {os.cpu_count()} cores)"
+
+
+def like_here(description: str) -> bool:
+    """Whether what was fastest on a machine, as ``described`` there, may be taken to be so here: on the same kind of
+    device, and where that is a CPU, with the same vectors."""
+
+    def parts(text: str) -> tuple[str, str]:
+        device, _, host = text.rpartition(" (")
+        return device, host.partition(",")[0] if device == "cpu" else ""
+
+    return parts(description) == parts(described())
