@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ DEMO_HEAD = "smollm2-135m-eagle3"
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
+    if getattr(args, "verbose", False):
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("jeagle").setLevel(logging.INFO)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--top-p", type=float, default=1.0)
     shared.add_argument("--min-p", type=float, default=0.0)
     shared.add_argument("--seed", type=int, help="the text depends on the seed and the model alone")
+    shared.add_argument("--verbose", action="store_true", help="say which trees are chosen, and what each served")
     shared.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the text before TEXT")
 
     generate = commands.add_parser("generate", parents=[shared], help="continue a prompt")

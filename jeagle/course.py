@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,8 @@ from jeagle.sharding import fetch
 from jeagle.tree import OFF, StaticTree, tree_name
 
 __all__ = ["Course", "Look", "capacities"]
+
+log = logging.getLogger("jeagle")
 
 SMALL_CAPACITY = 1024  # cache positions per row that are worth a program, and a copy of the cache, of their own
 LEAST_ROUNDS = 8  # of a launch, for want of room: with less room than they may need caches grow
@@ -67,7 +71,8 @@ class Course:
         self._held = 0  # and how many of them it has had
         self._refilled = False  # others have taken the places of rows that were done
         self._queued = False  # and more are to
-        self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name
+        self.rounds_by_tree: dict[str, np.ndarray] = {}  # int [B] by the tree's name, of the rows that are seated
+        self._served = Counter[str]()  # of all rows, and of a launch those of its longest
         self.acceptance_BP = np.zeros((bucket.batch, 1), int)  # as in ``DecodeState``, over all trees
         self.looked_BP = np.zeros((bucket.batch, 1), int)  # likewise
         if dispatcher is not None:
@@ -142,6 +147,11 @@ class Course:
             self._dispatcher.ended(self._setting, seen.num_output_B, seen.num_rounds_B, drafted)
         return seen
 
+    def log(self) -> None:
+        """Say which tree served how many rounds."""
+        served = ", ".join(f"{rounds} {name}" for name, rounds in self._served.items())
+        log.info("batch %d: rounds by tree: %s", self.bucket.batch, served or "none")
+
     def end(self, finish_B: np.ndarray) -> None:
         """Rows that the host has ended."""
         self._state = dataclasses.replace(self.state, finish_B=self._decoder.put(finish_B))
@@ -182,6 +192,7 @@ class Course:
             return
         plan, name = self._program.plan, tree_name(self._program.plan)
         self.rounds_by_tree[name] = self.rounds_by_tree.get(name, 0) + rounds_B
+        self._served[name] += int(rounds_B.max())
         self.acceptance_BP = _added(self.acceptance_BP, acceptance_BP)
         self.looked_BP = _added(self.looked_BP, looked_BP)
         if self._dispatcher is not None and isinstance(plan, StaticTree):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jeagle.llm import LLM
-from jeagle.outputs import RequestOutput
+from jeagle.outputs import RequestMetrics, RequestOutput
 from jeagle.sampling import SamplingParams
 
 __all__ = ["demo"]
@@ -63,10 +63,18 @@ def _show(prompt: str, plain: RequestOutput, speculative: RequestOutput) -> bool
     print(f"\n> {prompt}")
     for name, out in (("plain", plain), ("speculative", speculative)):
         metrics = out.metrics
-        print(f"[{name}, {_tokens_per_second(out):.1f} tok/s, {metrics.tokens_per_call:.2f} tokens per call]")
+        speed = f"{_tokens_per_second(out):.1f} tok/s, {metrics.tokens_per_call:.2f} tokens per call"
+        print(f"[{name}, {speed}, {_trees(metrics)}]")
         print(out.outputs[0].text)
     print("same tokens" if same else "DIFFERENT tokens")
     return same
+
+
+def _trees(metrics: RequestMetrics) -> str:
+    """What was drafted; where trees took turns, each with its rounds."""
+    if metrics.tree != "dispatch":
+        return f"tree: {metrics.tree}"
+    return "rounds: " + ", ".join(f"{rounds} {tree}" for tree, rounds in metrics.rounds_by_tree.items())
 
 
 def _tokens_per_second(out: RequestOutput) -> float:

@@ -319,6 +319,7 @@ class LLM:
             if piece:
                 yield piece
             if finished:
+                course.log()
                 return
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:

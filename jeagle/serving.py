@@ -97,6 +97,7 @@ def serve(
             for place in done:
                 yield _finished(course, place, seats.pop(place), look, text_BS, logprobs, now)
         watch(look)
+    course.log()
 
 
 def _seated(course: Course, waiting: deque[Row], free: list[int], detokenizer) -> dict[int, Seat]:

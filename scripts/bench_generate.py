@@ -16,8 +16,9 @@ where the cache of compiled programs was warm). Without --draft an untrained hea
     tokens a call  emitted tokens over target forwards, bonus token included; acceptance as in eval_acceptance.py
     of the floor   time that a round takes at least (weights of the target once and of the head once per draft step, at
                    the bandwidth measured at the end of this run) over the time it took
-    memory         most bytes held so far: of the device where it says so, else of the process
+    memory         most bytes held so far by all engines: of the device where it says so, else of the process
 
+--drop leaves a tree out of larger batches once it has been so much slower than plain decoding, which only gets worse.
 --phases also times the verification of each tree alone (bench_decode.py's) and splits rounds into it and the rest: the
 draft, acceptance and commit. --synthetic-acceptance forces what is kept, given as the tokens per call of a chain of 3
 or as probabilities per depth: for shapes without a trained head, and said in every title. An interrupt ends the run
@@ -46,7 +47,7 @@ from reporting import check_outputs, make_console, new_figure, new_table, synthe
 from rich.table import Table
 from tqdm import tqdm
 
-from jeagle import LLM, Dispatch, SamplingParams
+from jeagle import LLM, SamplingParams
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.eagle import EagleHead
@@ -54,8 +55,7 @@ from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
 from jeagle.sizes import size
 from jeagle.text import encode_chat, load_tokenizer
-from jeagle.tree import OFF
-from jeagle.tree_table import TreeTable
+from jeagle.tree import OFF, parse_tree
 from jeagle.verify import check_profile, constant_profile
 
 
@@ -94,8 +94,8 @@ def print_table(console, runs: list[dict[str, Any]], title: str) -> None:
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """Speed-up against batch, with the tree that the dispatcher used most; acceptance per position at the smallest
-    batch; ms per token and phase stacked."""
+    """Speed-up against batch, with how many drafts the tree has that the dispatcher used most; acceptance per position
+    at the smallest batch; ms per token and phase stacked."""
     first = result["runs"][0]["temperature"]
     runs = [run for run in result["runs"] if run["temperature"] == first]
     batches = sorted({run["batch"] for run in runs})
@@ -109,16 +109,18 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         quartiles = [[run["speedup"][name] for run in mine] for name in ("quartile_1", "quartile_3")]
         about = np.abs(np.array(quartiles) - medians)
         at = [run["batch"] for run in mine]
-        speed.errorbar(at, medians, yerr=about, marker="o", capsize=3, color=colour[tree], label=tree)
+        label = tree + " (drafts a round)" * (tree == "dispatch")
+        speed.errorbar(at, medians, yerr=about, marker="o", capsize=3, color=colour[tree], label=label)
         for run, height in zip(mine if tree == "dispatch" else (), quartiles[1]):
-            used = max(run["rounds_by_tree"], key=run["rounds_by_tree"].get)
+            drafts = parse_tree(max(run["rounds_by_tree"], key=run["rounds_by_tree"].get)).num_nodes - 1
             above = dict(xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
-            speed.annotate(used, (run["batch"], height), color=colour[tree], **above)
+            speed.annotate(str(drafts or "plain"), (run["batch"], height), color=colour[tree], **above)
         if acceptance := mine[0]["acceptance_per_position"]:
             kept.plot(range(1, len(acceptance) + 1), acceptance, marker="o", color=colour[tree], label=tree)
     speed.set_xscale("log", base=2)
     speed.set_xticks(batches, [str(b) for b in batches])
-    speed.set(xlabel="batch", ylabel="tokens/s over plain's (median, quartiles)", ylim=(0, None))
+    highest = max(run["speedup"]["quartile_3"] for run in runs)
+    speed.set(xlabel="batch", ylabel="tokens/s over plain's (median, quartiles)", ylim=(0, 1.15 * highest))
     deepest = max(1, *(len(run["acceptance_per_position"]) for run in runs))
     kept.set(xlabel="draft position k", ylabel=f"rounds that kept at least k drafts, batch {batches[0]}")
     kept.set(ylim=(0, 1.02), xlim=(0.8, deepest + 0.2), xticks=range(1, deepest + 1))
@@ -151,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0], metavar="T", help="0 is greedy")
     parser.add_argument("--tree", nargs="+", default=["auto"], metavar="TREE", help="as LLM takes them")
+    parser.add_argument("--drop", type=float, default=0.0, metavar="X", help="see above; 0: none")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="batches of each size")
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="more of small ones, to N requests each")
@@ -185,13 +188,6 @@ def read_prompts(args: argparse.Namespace, directory: Path | None, vocab_size: i
     return prompts
 
 
-def searched_trees(draft: str | None, target: Path | None) -> TreeTable | None:
-    """As ``LLM`` finds them beside the head, which is given to it as a module here."""
-    if draft is None or target is None:
-        return None
-    return TreeTable.of_head(locate(draft, cache_directory(), kind="eagle", target=target))
-
-
 def read_profile(args: argparse.Namespace) -> tuple[float, ...] | None:
     given = args.synthetic_acceptance
     if given is None:
@@ -207,6 +203,12 @@ def cut_short(path: Path | None, command: str) -> dict[str, Any]:
         if found.get("command") == command and "bandwidth_GBps" not in found:
             return dict(runs=found["runs"], continued_from=found.get("continued_from") or found["commit"])
     return dict(runs=[], continued_from=None)
+
+
+def too_slow(runs: list[dict[str, Any]], least: float, batch: int, temperature: float) -> set[str]:
+    """The trees that at a smaller batch had less than ``least`` of plain decoding's speed."""
+    smaller = [row for row in runs if row["temperature"] == temperature and row["batch"] < batch]
+    return {row["tree"] for row in smaller if row["speedup"]["median"] < least} - {"dispatch"}
 
 
 def compare(
@@ -257,9 +259,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     head = random_head(target) if head is None else head
     prompts = read_prompts(args, directory, target.config.vocab_size)
     options: dict[str, Any] = dict(max_batch_size=max(args.batch), synthetic_acceptance=profile)
-    dispatch = Dispatch(trees=searched_trees(args.draft, directory))
-    trees = {name: dispatch if name == "dispatch" else name for name in args.tree}
-    engines = [Engine(name, LLM(target, head, tree=tree, **options), True) for name, tree in trees.items()]
+    # By name where it has one, so that what comes beside it is found.
+    draft = locate(args.draft, cache_directory(), kind="eagle", target=directory) if args.draft else head
+    engines = [Engine(name, LLM(target, draft, tree=name, **options), True) for name in args.tree]
     engines.insert(0, Engine(PLAIN, engines[0].llm, False))
 
     dtype = jnp.dtype(target.compute_dtype).name
@@ -276,7 +278,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     try:
         for temperature, batch in itertools.product(args.temperature, args.batch):
             if (temperature, batch) not in done:
-                result["runs"] += compare(args, engines, (target, head), prompts, batch, temperature)
+                lost = too_slow(result["runs"], args.drop, batch, temperature)
+                asked = [engine for engine in engines if engine.name not in lost]
+                result["runs"] += compare(args, asked, (target, head), prompts, batch, temperature)
             if args.out:
                 write_result(args.out, result)
     except KeyboardInterrupt:

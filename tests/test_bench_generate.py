@@ -119,6 +119,13 @@ def test_an_interrupt_keeps_what_is_done(run, files, monkeypatch):
     assert all(row["share_of_floor"] > 0 for row in result["runs"]) and result["interrupted"]
 
 
+def test_trees_that_lost_are_dropped_from_larger_batches():
+    speed = {("plain", 4): 1.0, ("chain-1", 4): 0.9, ("chain-3", 4): 0.5, ("dispatch", 4): 0.5, ("chain-5", 8): 0.2}
+    rows = [dict(tree=t, batch=b, temperature=0.0, speedup=dict(median=s)) for (t, b), s in speed.items()]
+    assert bench_generate.too_slow(rows, 0.6, 8, 0.0) == {"chain-3"}
+    assert bench_generate.too_slow(rows, 0.0, 8, 0.0) == bench_generate.too_slow(rows, 0.6, 8, 1.0) == set()
+
+
 def test_a_killed_run_goes_on(tmp_path):
     path, nothing = tmp_path / "generate.json", dict(runs=[], continued_from=None)
     assert bench_generate.cut_short(path, "this") == nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -50,6 +51,12 @@ def test_generate(checkpoint, capsys, monkeypatch):
     assert run("--raw", "a", "--stop", "STOP", "--stop", "never") == TEXT[1 : TEXT.index("STOP")] + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     assert run("--raw", "-") == TEXT[3:] + "\n"
+
+
+def test_verbose(checkpoint, caplog, request):
+    request.addfinalizer(lambda: logging.getLogger("jeagle").setLevel(logging.NOTSET))
+    assert cli.main(["generate", "--raw", "a", "--model", checkpoint, "--max-tokens", "4", "--verbose"]) == 0
+    assert "batch 1: rounds by tree: 4 off" in caplog.text
 
 
 def test_chat(checkpoint, capsys, monkeypatch):
