@@ -5,7 +5,8 @@
     python scripts/bench_decode.py --shape llama-3.2-1b --dtype bfloat16
 
 Times one target forward inside the compiled loop for T = 1 (a plain step) and T = 2..32 (verifying a tree of T nodes),
-one step of the EAGLE head, and the share of ``LLM.generate``'s time that is spent outside the device loop. Every time
+one step of the EAGLE head, what it takes to go on under another tree between two launches, and the share of
+``LLM.generate``'s time that is spent outside the device loop. Every time
 is the best of several repeats taken in turns, so that a busy machine disturbs all of them alike; read the ratios. The
 floor is the bytes of the weights read once per step over the bandwidth measured in this run (the best of a numpy and
 an XLA read of 1 GB). The last line is one JSON object.
@@ -14,6 +15,7 @@ an XLA read of 1 GB). The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from jeagle.decoder import Decoder
 from jeagle.llama import Llama
 from jeagle.sampling import Filters, choose
 from jeagle.sizes import size
-from jeagle.tree import OFF, StaticTree, Tree, ancestor_mask
+from jeagle.tree import OFF, StaticTree, Tree, ancestor_mask, tree_name
 from jeagle.verify import accept
 
 STEPS = 16  # per timed launch
@@ -108,6 +110,21 @@ class Timed:
         self.best = min(self.best, (time.perf_counter() - began) / STEPS)
 
 
+def switch_ms(decoder: Decoder, state: DecodeState, repeats: int) -> dict[str, float]:
+    """Of ``Decoder.switch`` from one tree to the next: the best of several, once all is compiled. ``state`` is plain."""
+    plans = [OFF, *map(StaticTree.chain, (3, 1, 3)), OFF]
+    best: dict[str, float] = {}
+    for repeat in range(repeats + 1):
+        for old, new in itertools.pairwise(Program(plan=plan) for plan in plans):
+            state = jax.block_until_ready(decoder.launch(state, old, 1))
+            began = time.perf_counter()
+            state = jax.block_until_ready(decoder.switch(state, old, new))
+            name, took = f"{tree_name(old.plan)} to {tree_name(new.plan)}", (time.perf_counter() - began) * 1e3
+            if repeat:  # the first time compiles
+                best[name] = min(best.get(name, np.inf), took)
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="a converted checkpoint; without one, --shape with random weights")
@@ -153,15 +170,12 @@ def main() -> None:
     plain = timed["verify_1"].best
     result: dict = dict(
         script="bench_decode",
-        command=here["command"],
+        **here,
         model=args.model or f"{args.shape}, random weights",
-        device=here["device"],
-        jax=here["jax"],
         dtype=args.dtype,
         batch=args.batch,
         prefix=100,
         capacity=args.capacity,
-        load_average=here["load_average"],
         bandwidth_GBps=speed / 1e9,
         weights_MB=weights / 1e6,
         floor_ms=floor * 1e3,
@@ -171,6 +185,7 @@ def main() -> None:
         verify_over_plain={n: timed[f"verify_{n}"].best / plain for n in args.nodes},
         draft_ms=timed["draft"].best * 1e3,
         draft_over_plain=timed["draft"].best / plain,
+        switch_ms=switch_ms(decoder, fresh(OFF), args.repeats),
         compile_s={name: round(each.compile_seconds, 2) for name, each in timed.items()},
     )
     if args.batch == 1:
@@ -183,6 +198,8 @@ def main() -> None:
     for n in args.nodes[1:]:
         print(f"verify T={n:<3} {result['verify_ms'][n]:.2f} ms: {result['verify_over_plain'][n]:.2f}x a plain step")
     print(f"draft step  {result['draft_ms']:.2f} ms: {result['draft_over_plain']:.2f}x a plain step")
+    switches = ", ".join(f"{name} {ms:.1f}" for name, ms in result["switch_ms"].items())
+    print(f"ms to go on under another tree: {switches}")
     if "host" in result:
         share, tokens = result["host"]["host_share"], result["host"]["tokens"]
         print(f"outside the device loop: {share:.2%} of generating {tokens} tokens")
