@@ -3,9 +3,10 @@
     python scripts/compare_heads.py scripts/recipes/smollm2-135m-eagle3.toml --updates 60 \\
         'head.taps = [2, 15, 27]' 'head.taps = [2, 15, 30]' 'head.num_kv_heads = 3'
 
-A variant is one or more lines of TOML that change the recipe's [head], [objective] or [optimizer]. All see the same
-rows, ``run.rows`` an update, and are measured on the recipe's held-out documents in the end. The target, most of a
-step's cost on small machines, runs once for all of them. The last line is one JSON object.
+A variant is one or more lines of TOML that change the recipe's [head], [objective] or [optimizer], and begins with the
+head that training would begin with. All see the same rows, ``run.rows`` an update, and are measured on the recipe's
+held-out documents in the end. The target, most of a step's cost on small machines, runs once for all of them. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from jeagle.text import load_tokenizer
 from jeagle.training.documents import Document
 from jeagle.training.packing import Loader, Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError, load_recipe
-from jeagle.training.run import first_head, load_documents
+from jeagle.training.run import load_documents, starting_head
 from jeagle.training.step import Trainable
 from jeagle.training.trainer import make_optimizer
 from jeagle.training.unroll import Measures, Teacher, learn, num_learnt, teach
@@ -46,8 +48,7 @@ CHANGEABLE = ("head", "objective", "optimizer")
 class Variant:
     """A head in training, fed with the states that all variants share."""
 
-    def __init__(self, recipe: Recipe, target: Llama, documents: list[Document], sample: Rows, taps: tuple[int, ...]):
-        head = first_head(recipe, target, documents, sample)
+    def __init__(self, recipe: Recipe, target: Llama, head: EagleHead, taps: tuple[int, ...]):
         self.recipe, self.depth = recipe, recipe.objective.depth
         parts, self.params = Trainable.split(target, head)
         objective = recipe.objective.objective()
@@ -95,6 +96,14 @@ def changed(recipe: Recipe, text: str, updates: int) -> Recipe:
     return Recipe.from_table(base, f"variant {text!r}")
 
 
+def begin(recipe: Recipe, text: str, target: Llama, documents: list[Document], rows: Rows) -> EagleHead:
+    """A variant's head as training would begin with it. Raises ValueError, which names the variant."""
+    try:
+        return starting_head(recipe, target, documents, rows)
+    except ValueError as error:
+        raise RecipeError(f"variant {text!r}: {error}") from error
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe")
@@ -107,19 +116,18 @@ def main() -> int:
     try:
         base = load_recipe(args.recipe)
         recipes = {text: changed(base, text, args.updates) for text in args.variants}
-    except RecipeError as error:
+        directory = locate(base.target, cache_directory(), kind="llama")
+        target = load_llama(directory, dtype=base.run.dtype)
+        learnt, measured = load_documents(base, target.config, load_tokenizer(directory))
+        options: Any = dict(long_documents=base.data.long_documents)
+        rows, held = (pack(d, base.data.pack_length, **options) for d in (learnt, measured))
+        heads = {text: begin(r, text, target, learnt, rows) for text, r in recipes.items()}
+    except (ValueError, OSError) as error:
         print(f"compare_heads: {error}", file=sys.stderr)
         return 1
-
-    directory = locate(base.target, cache_directory(), kind="llama")
-    target = load_llama(directory, dtype=base.run.dtype)
-    learnt, measured = load_documents(base, target.config, load_tokenizer(directory))
-    rows, held = (pack(d, base.data.pack_length, long_documents=base.data.long_documents) for d in (learnt, measured))
     loader = Loader(rows, (base.run.rows,), seed=base.run.seed)
-    forms = [r.head.config(target.config) for r in recipes.values()]
-    taps = tuple(sorted({tap for form in forms for tap in form.taps}))
-    sample = Rows(*(x[:2] for x in rows))
-    variants = {text: Variant(r, target, learnt, sample, taps) for text, r in recipes.items()}
+    taps = tuple(sorted({tap for head in heads.values() for tap in head.config.taps}))
+    variants = {text: Variant(recipes[text], target, head, taps) for text, head in heads.items()}
 
     # The teacher asks a head for its taps alone.
     every = EagleConfig.for_target(target.config, "eagle3", taps=taps, own_lm_head=False)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jeagle.training.recipe import load_recipe
+from jeagle.training.recipe import RecipeError, load_recipe
 from jeagle.training.run import prepare
 from jeagle.training.trainer import TrainingError
 
@@ -94,7 +94,10 @@ def main() -> int:
                         f"greedy, {held['tau_sampled']:.3f} at temperature 1"
                     )
 
-            run = prepare(recipe, args.directory, on_report=show)
+            try:
+                run = prepare(recipe, args.directory, on_report=show)
+            except RecipeError as error:
+                raise RecipeError(f"{args.recipe}: {error}") from error
             progress.console.print(run.summary)
             trainer = run.trainer
             if trainer.step:

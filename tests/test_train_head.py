@@ -13,22 +13,27 @@ import pytest
 import tiny_tokenizer
 from helpers import tiny_llama
 from reciter import TEXT, reciting_pair
+from test_training import LENGTH, documents, recipe
 
 from jeagle import LLM, SamplingParams
-from jeagle.checkpoint import load_config
+from jeagle.checkpoint import load_config, load_eagle
 from jeagle.checkpoint_writer import save
 from jeagle.config import EagleConfig
 from jeagle.placement import variables
-from jeagle.training.initial import new_head, with_more_tokens
+from jeagle.training.initial import new_head, with_more_tokens, with_wider_mlp
+from jeagle.training.packing import Rows, pack
+from jeagle.training.step import Trainable
+from jeagle.training.unroll import learn, num_learnt, teach
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 RECIPE = """
 target = "{target}"
 [head]
-kind = "eagle3"
+kind = "{kind}"
 start = "{start}"
 draft_vocab_size = {draft}
+{form}
 tap_norm = "each"
 norm_output = true
 [data]
@@ -71,7 +76,7 @@ def call(files, tmp_path, monkeypatch, capsys):
 
     def run(name: str, *arguments: object, **changes) -> tuple[int, str]:
         recipe = tmp_path / "recipe.toml"
-        defaults = {"start": "target", "draft": 120, "steps": 4, "long": ""}
+        defaults = {"start": "target", "draft": 120, "steps": 4, "long": "", "kind": "eagle3", "form": ""}
         recipe.write_text(RECIPE.format(**defaults | files | changes))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", str(recipe), *map(str, arguments)])
         code = importlib.import_module(name).main()
@@ -134,10 +139,65 @@ def test_a_recipe_with_a_larger_draft_vocabulary(train, tmp_path):
     (tmp_path / "run").rename(tmp_path / "first")
     head = tmp_path / "first" / "head"
     code, said = train(start=head, draft=119)
-    assert code == 1 and "head.draft_vocab_size is 119, but" in said and "has 120; give as many or more" in said
-    code, said = train(start=head, draft=140, steps=1)
+    assert code == 1 and "head.draft_vocab_size is 119, but" in said and "has 120; give as many to" in said
+    code, said = train(start=head, draft=140, steps=1, form="mlp_width = 80")
     assert code == 0 and "draft vocabulary 140" in said
-    assert load_config(tmp_path / "run" / "head") == dataclasses.replace(load_config(head), draft_vocab_size=140)
+    larger = dict(draft_vocab_size=140, mlp_width=80)
+    assert load_config(tmp_path / "run" / "head") == dataclasses.replace(load_config(head), **larger)
+
+
+def test_on_with_a_wider_mlp(tmp_path):
+    """It puts out what it did, also where it was stored in FP8; what is new is learnt."""
+    target = tiny_llama()
+    config = EagleConfig.for_target(target.config, "eagle3", num_layers=2, mlp_bias=True, draft_vocab_size=60)
+    stored = save(new_head(config, target, jnp.arange(60), seed=0, sample=None), tmp_path / "head", dtype="fp8")
+    head = load_eagle(stored, dtype="float32")
+    wider = with_wider_mlp(head, 90, seed=1)
+    assert wider.config == dataclasses.replace(config, mlp_width=90)
+    for before, after in zip(head.blocks, wider.blocks, strict=True):
+        np.testing.assert_array_equal(after.gate_up.kernel[..., :64], before.gate_up.kernel[...])
+        np.testing.assert_array_equal(after.down.kernel[:64], before.down.kernel[...])
+        np.testing.assert_array_equal(after.down.bias[...], before.down.bias[...])
+        assert np.std(after.gate_up.kernel[..., 64:]) == pytest.approx(0.02, rel=0.1)
+    rows = Rows(*map(jnp.asarray, pack(documents(4), LENGTH)))
+    teacher, count_K = teach(target, head, rows), num_learnt(rows, 2)
+    objective = recipe().objective.objective()
+
+    def loss_of(head):
+        parts, params = Trainable.split(target, head)
+
+        def loss(params):
+            return learn(parts.head(params, parts.head_tables, jnp.float32), target, rows, teacher, count_K, objective)
+
+        return jax.value_and_grad(lambda params: loss(params)[0]), params
+
+    (of_head, params), (of_wider, wide_params) = loss_of(head), loss_of(wider)
+    value, gradient = of_wider(wide_params)
+    np.testing.assert_allclose(value, of_head(params)[0], rtol=1e-6)
+    moved = jax.tree.map(lambda x, g: x - 0.1 * g, wide_params, gradient)
+    _, second = of_wider(moved)
+    for i in range(2):
+        assert (gradient["blocks"][i]["down"]["kernel"][64:] != 0).any(axis=1).all()
+        assert (second["blocks"][i]["gate_up"]["kernel"][..., 64:] != 0).any(axis=0).all()
+
+
+def test_a_recipe_states_the_form_of_the_head_it_goes_on_from(train, tmp_path):
+    """What it leaves out is as that head has it; what it states must be."""
+    assert train(steps=1, form="num_layers = 2\ntaps = [0, 1]")[0] == 0
+    (tmp_path / "run").rename(tmp_path / "first")
+    head = tmp_path / "first" / "head"
+    for form, sentence in (
+        ("num_layers = 1", f"head.num_layers is 1, but {head} has 2; leave the field out to go on from that head"),
+        ("taps = [1, 2]", f"head.taps is (1, 2), but {head} has (0, 1); leave the field out"),
+        ("norm_before_residual = true", "head.norm_before_residual is True, but"),
+        ("mlp_width = 63", f"has {load_config(head).mlp_width}; give as many or more, or leave the field out"),
+    ):
+        code, said = train(start=head, form=form)
+        assert code == 1 and f"error: {tmp_path / 'recipe.toml'}: head." in said and sentence in said, said
+    code, said = train(start=head, kind="meta")
+    assert code == 1 and f"head.kind is 'meta', but {head} has 'eagle3'; state that to go on from that head" in said
+    assert train(start=head, steps=1, form="num_layers = 2\nnorm_before_residual = false")[0] == 0
+    assert load_config(tmp_path / "run" / "head") == load_config(head)
 
 
 def test_what_does_not_fit_together_is_said(train, files, tmp_path):
@@ -190,3 +250,16 @@ def test_variants_side_by_side(call, tmp_path):
     ):
         code, said = call("compare_heads", wrong)
         assert code == 1 and sentence in said
+
+
+def test_variants_begin_with_the_head_that_training_begins_with(call, train, tmp_path):
+    assert train(steps=6, form="taps = [0, 1]")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    start, still = tmp_path / "run" / "head", "optimizer.learning_rate = 1e-30"
+    out, variants = tmp_path / "compared.json", (still, f"{still}\nhead.mlp_width = 200")
+    code, _ = call("compare_heads", *variants, "--updates", "1", "--out", out, start=start)
+    assert code == 0
+    for result in json.loads(out.read_text())["results"]:
+        np.testing.assert_allclose(result["loss_by_depth"], lines[-1]["held_out"]["loss_by_depth"], rtol=1e-5)
+    code, said = call("compare_heads", "head.taps = [1, 2]", start=start)
+    assert code == 1 and f"compare_heads: variant 'head.taps = [1, 2]': head.taps is (1, 2), but {start} has" in said

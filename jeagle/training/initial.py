@@ -21,7 +21,7 @@ from jeagle.placement import filled, variables
 from jeagle.training.packing import Rows
 from jeagle.training.unroll import packed_attention
 
-__all__ = ["new_head", "with_more_tokens"]
+__all__ = ["new_head", "with_more_tokens", "with_wider_mlp"]
 
 
 def new_head(
@@ -63,6 +63,22 @@ def with_more_tokens(head: EagleHead, target: Llama, ids: np.ndarray) -> EagleHe
     new_WD[known] = trained_ND
     arrays = {path: variable.get_value() for path, variable in variables(head).items()}
     return filled(wider, arrays | dict(lm_head=jnp.asarray(new_WD.T), draft_to_target=jnp.asarray(ids, jnp.int32)))
+
+
+def with_wider_mlp(head: EagleHead, width: int, *, seed: int) -> EagleHead:
+    """``head``, float32, with an MLP of ``width`` F in each block, which puts out what it did.
+
+    New columns of gate_up [D, 2, F] begin at random, as those of a new head, and new rows of down [F, D] at zero: they
+    add nothing, but their gradient is not zero, and from the first update on neither is that of the columns.
+    """
+    config = dataclasses.replace(head.config, mlp_width=width)
+    wider, arrays = type(head)(config, dtype=jnp.float32, rngs=nnx.Rngs(seed)), {}
+    before = variables(head)
+    for path, variable in variables(wider).items():
+        known, fresh = before[path].get_value(), variable.get_value()
+        start = jnp.zeros_like(fresh) if path.endswith("down.kernel") else fresh
+        arrays[path] = known if known.shape == fresh.shape else start.at[tuple(map(slice, known.shape))].set(known)
+    return filled(wider, arrays)
 
 
 def _rows(target: Llama) -> jax.Array:

@@ -24,31 +24,50 @@ class RecipeError(ValueError):
     """A recipe that cannot be run, said in one sentence that names the file and the field."""
 
 
+UNIONS = (types.UnionType, typing.Union)  # the second is what Literal[..] | None makes
+
+# Fields of a head's recipe that ``EagleConfig`` has too.
+FORM = (
+    "num_layers",
+    "num_kv_heads",
+    "mlp_width",
+    "draft_vocab_size",
+    "taps",
+    "tap_norm",
+    "norm_before_residual",
+    "norm_output",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadRecipe:
-    """The head: a published form, and what to change about it (fields of ``EagleConfig``)."""
+    """The head: a published form, and what to change about it (fields of ``EagleConfig``).
+
+    A field that is left out is as the comment says, or, of a head to go on from, as that head has it. Such a head
+    keeps its form: what is stated must be what it has, but ``mlp_width`` and ``draft_vocab_size`` may be larger, and
+    the head is widened (see initial.py).
+    """
 
     kind: Literal["eagle1", "eagle3", "meta"]
     start: str = "target"  # "target" (its own last block and LM head), "random", or a head to go on from
-    num_layers: int = 1
+    num_layers: int | None = None  # None: 1
     num_kv_heads: int | None = None  # None: the target's; more let more of the newest token through (see initial.py)
     copy_heads: int = 0  # kv heads that begin by copying what followed a token before (see copying.py)
     mlp_width: int | None = None  # None: the target's
     draft_vocab_size: int | None = None  # None: the target's vocabulary
     taps: tuple[int, ...] | None = None  # None: the published ones
-    tap_norm: Literal["none", "joint", "each"] = "none"
-    norm_before_residual: bool = False
+    tap_norm: Literal["none", "joint", "each"] | None = None  # None: "none"
+    norm_before_residual: bool | None = None  # None: False
     norm_output: bool | None = None  # None: as published
 
+    def stated(self) -> dict[str, Any]:
+        """The fields of its form that are not left out, by their names in ``EagleConfig``."""
+        return {name: getattr(self, name) for name in FORM if getattr(self, name) is not None}
+
     def config(self, target: LlamaConfig) -> EagleConfig:
-        changes: dict[str, Any] = {"num_layers": self.num_layers}
-        for name in ("num_kv_heads", "mlp_width", "draft_vocab_size", "taps", "norm_output"):
-            if getattr(self, name) is not None:
-                changes[name] = getattr(self, name)
+        changes = self.stated()
         if self.draft_vocab_size is not None:
             changes["own_lm_head"] = self.draft_vocab_size < target.vocab_size or self.kind == "eagle3"
-        if self.kind == "eagle3":
-            changes |= {"tap_norm": self.tap_norm, "norm_before_residual": self.norm_before_residual}
         return EagleConfig.for_target(target, self.kind, **changes)
 
 
@@ -174,7 +193,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in args
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return any(_fits(value, a) for a in args if a is not type(None))
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
@@ -187,7 +206,7 @@ def _say(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return _say(next(a for a in args if a is not type(None)))
     if origin is tuple:
         return f"a list, each {_say(args[0])}"
@@ -215,7 +234,7 @@ def _check(recipe: Recipe, file: str) -> None:
         check(getattr(o, name) >= 0, f"objective.{name}", "0 or more")
     check(recipe.data.pack_length >= 4, "data.pack_length", "at least 4")
     check(recipe.data.held_out >= 0, "data.held_out", "0 or more")
-    check(recipe.head.num_layers >= 1, "head.num_layers", "at least 1")
+    check(recipe.head.num_layers is None or recipe.head.num_layers >= 1, "head.num_layers", "at least 1")
     check(recipe.head.copy_heads >= 0, "head.copy_heads", "0 or more")
     check(t.learning_rate > 0, "optimizer.learning_rate", "above 0")
     check(0 <= t.warmup < 1, "optimizer.warmup", "a share from 0 to below 1")

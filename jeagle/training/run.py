@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jeagle.checkpoint import load_eagle, load_llama
-from jeagle.config import LlamaConfig
+from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decoder import check_pair
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
@@ -20,13 +21,13 @@ from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.text import Tokenizer, load_tokenizer, vocabulary_hash
 from jeagle.training.copying import graft_copying
 from jeagle.training.documents import DataError, Document, fingerprint, read_documents
-from jeagle.training.initial import new_head, with_more_tokens
+from jeagle.training.initial import new_head, with_more_tokens, with_wider_mlp
 from jeagle.training.packing import Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
-__all__ = ["Run", "check_length", "first_head", "load_documents", "prepare"]
+__all__ = ["Run", "check_length", "load_documents", "prepare", "starting_head"]
 
 COPYING_ROWS = 32  # rows of text that heads which copy are fitted to
 
@@ -48,8 +49,7 @@ def prepare(
 
     Raises RecipeError, DataError, CheckpointError, ConversionError or TrainingError, each in one sentence.
     """
-    cache = cache_directory()
-    target_dir = locate(recipe.target, cache, kind="llama")
+    target_dir = locate(recipe.target, cache_directory(), kind="llama")
     target = load_llama(target_dir, dtype=recipe.run.dtype)
     check_length(recipe, target.config)
     tokenizer = load_tokenizer(target_dir)
@@ -57,7 +57,7 @@ def prepare(
     options: Any = dict(long_documents=recipe.data.long_documents)
     rows = pack(learnt, recipe.data.pack_length, **options)
     held_out = pack(measured, recipe.data.pack_length, **options) if measured else _no_rows(rows)
-    head = _head(recipe, target, learnt, rows, cache, target_dir)
+    head = starting_head(recipe, target, learnt, rows)
 
     vocabulary = vocabulary_hash(target_dir)
     identity = {"documents": fingerprint([*learnt, *measured]), "vocabulary": vocabulary}
@@ -109,11 +109,16 @@ def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) ->
     return [d for i, d in enumerate(first) if i not in chosen] + [d for each in others for d in each], measured
 
 
-def _head(
-    recipe: Recipe, target: Llama, documents: list[Document], rows: Rows, cache: Path, target_dir: Path
-) -> EagleHead:
-    """A new head, or the one to go on from; with heads that copy, if the recipe wants some."""
-    head = _start(recipe, target, documents, rows, cache, target_dir)
+def starting_head(recipe: Recipe, target: Llama, documents: list[Document], rows: Rows) -> EagleHead:
+    """What training begins with, float32: a new head, or the one to go on from; with heads that copy, if the recipe
+    wants some.
+
+    Raises RecipeError where the recipe does not fit the head to go on from, and what locating and loading that raise.
+    """
+    if recipe.head.start in ("target", "random"):
+        head = _new(recipe, target, documents, Rows(*(x[:2] for x in rows)))
+    else:
+        head = _gone_on_from(recipe, target, documents)
     if recipe.head.copy_heads:
         few = slice(None, None, -(-len(rows.token_BT) // COPYING_ROWS))
         try:
@@ -123,30 +128,43 @@ def _head(
     return head
 
 
-def _start(
-    recipe: Recipe, target: Llama, documents: list[Document], rows: Rows, cache: Path, target_dir: Path
-) -> EagleHead:
-    start = recipe.head.start
-    if start in ("target", "random"):
-        return first_head(recipe, target, documents, Rows(*(x[:2] for x in rows)))
-    directory = locate(start, cache, kind="eagle", target=target_dir)
+def _gone_on_from(recipe: Recipe, target: Llama, documents: list[Document]) -> EagleHead:
+    cache = cache_directory()
+    target_dir = locate(recipe.target, cache, kind="llama")
+    directory = locate(recipe.head.start, cache, kind="eagle", target=target_dir)
     check_vocabulary(directory, target_dir)
     head = load_eagle(directory, dtype="float32")
     check_pair(target, head)
+    _check_form(recipe, head.config)
     wanted = recipe.head.draft_vocab_size
-    if wanted in (None, head.config.draft_vocab_size):
-        return head
-    if head.draft_to_target is None or wanted < head.config.draft_vocab_size:
-        raise RecipeError(
-            f"head.draft_vocab_size is {wanted}, but {start} has {head.config.draft_vocab_size}; give as many or "
-            "more, or leave the field out to go on from a head"
-        )
-    known = np.asarray(head.draft_to_target[...]).tolist()
-    ids = choose_vocabulary(documents, vocab_size=target.config.vocab_size, size=wanted, always=known)
-    return with_more_tokens(head, target, ids)
+    if wanted is not None and wanted > head.config.draft_vocab_size:
+        assert head.draft_to_target is not None
+        known = np.asarray(head.draft_to_target[...]).tolist()
+        ids = choose_vocabulary(documents, vocab_size=target.config.vocab_size, size=wanted, always=known)
+        head = with_more_tokens(head, target, ids)
+    width = recipe.head.mlp_width
+    return head if width in (None, head.config.mlp_width) else with_wider_mlp(head, width, seed=recipe.run.seed)
 
 
-def first_head(recipe: Recipe, target: Llama, documents: list[Document], sample: Rows) -> EagleHead:
+def _check_form(recipe: Recipe, has: EagleConfig) -> None:
+    """Raises RecipeError where the recipe states a form that the head to go on from neither has nor can grow to."""
+    kind = "eagle3" if has.fusion == "attention" else "meta" if has.first_block_norm else "eagle1"
+    most = {"mlp_width": math.inf, "draft_vocab_size": has.vocab_size}  # of what may grow
+    mend = {
+        "kind": "state that",
+        "mlp_width": "give as many or more, or leave the field out",
+        "draft_vocab_size": f"give as many to {has.vocab_size}, or leave the field out",
+    }
+    for name, wanted in {"kind": recipe.head.kind, **recipe.head.stated()}.items():
+        had = kind if name == "kind" else getattr(has, name)
+        if wanted != had and not (name in most and had < wanted <= most[name]):
+            raise RecipeError(
+                f"head.{name} is {wanted!r}, but {recipe.head.start} has {had!r}; "
+                f"{mend.get(name, 'leave the field out')} to go on from that head"
+            )
+
+
+def _new(recipe: Recipe, target: Llama, documents: list[Document], sample: Rows) -> EagleHead:
     """A new head of the recipe's form. ``sample``: a few rows to measure the target's residual stream on."""
     config = recipe.head.config(target.config)
     ids = None
