@@ -39,7 +39,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jeagle.checkpoint import load_eagle, load_llama
+from jeagle.checkpoint import load_llama
 from jeagle.config import LlamaConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
@@ -47,9 +47,9 @@ from jeagle.locate import cache_directory, locate
 from jeagle.sharding import data_mesh
 from jeagle.sizes import size
 from jeagle.training import unroll
-from jeagle.training.initial import new_head
 from jeagle.training.packing import Rows
 from jeagle.training.recipe import Recipe, load_recipe
+from jeagle.training.run import starting_head
 from jeagle.training.step import Trainable, TrainState, make_step
 from jeagle.training.trainer import make_optimizer
 from jeagle.training.unroll import learn, num_learnt, teach
@@ -89,20 +89,20 @@ def random_rows(vocab_size: int, shape: tuple[int, ...], seed: int) -> Rows:
 
 
 def load_pair(recipe: Recipe, shape: str | None) -> tuple[Llama, EagleHead]:
-    """The recipe's target, or one of another shape and random weights, and a head of the recipe's form."""
-    cache = cache_directory()
+    """The recipe's target, or one of another shape and random weights, and a head of the form that training gives it.
+
+    What would be learnt from data (draft ids, heads that copy) is left as it comes: no time depends on it.
+    """
+    start = recipe.head.start
     if shape is not None:
         chosen = LlamaConfig.tiny() if shape == "tiny" else size(shape)
         target = Llama(chosen, dtype=jnp.dtype(recipe.run.dtype), rngs=nnx.Rngs(0))
+        start = "random"
     else:
-        directory = locate(recipe.target, cache, kind="llama")
-        target = load_llama(directory, dtype=recipe.run.dtype)
-        if recipe.head.start not in ("target", "random"):
-            start = locate(recipe.head.start, cache, kind="eagle", target=directory)
-            return target, load_eagle(start, dtype="float32")
-    config = recipe.head.config(target.config)
-    ids = jnp.arange(config.draft_vocab_size) if config.reduced_vocabulary else None
-    return target, new_head(config, target, ids, seed=recipe.run.seed, sample=None)
+        target = load_llama(locate(recipe.target, cache_directory(), kind="llama"), dtype=recipe.run.dtype)
+        start = "random" if start == "target" else start
+    plain = dataclasses.replace(recipe, head=dataclasses.replace(recipe.head, start=start, copy_heads=0))
+    return target, starting_head(plain, target, [], random_rows(target.config.vocab_size, (1, 4), 0))
 
 
 def step_function(parts: Trainable, recipe: Recipe) -> Callable:
@@ -163,13 +163,17 @@ def measure(target: Llama, head: EagleHead, recipe: Recipe, repeats: int) -> dic
     seconds = {name: piece.best for name, piece in pieces.items()}
     shares = {name: count * seconds[name] / seconds["step"] for name, count in times.items()}
     flops = {name: pieces[name].flops for name in times}
-    with mock.patch.object(unroll, "CHUNK", run.rows * length):  # counted, never run: no loop over chunks of the logits
+    # Counted, never run: no loop over chunks of the logits, and no library's attention, whose products nobody sees.
+    seen = mock.patch.object(unroll, "attended_by", return_value="xla")
+    with seen, mock.patch.object(unroll, "CHUNK", run.rows * length):
         flops["teach"] = arithmetic(jax.jit(partial(teach_one, None)).lower(*weights, params, one))
     total = sum(count * flops[name] for name, count in times.items())
     by_hand = products_by_hand(target.config, head.config, recipe)
     attention = sum(count for name, count in by_hand.items() if name.endswith("attention"))
     matmuls = sum(by_hand.values()) - attention
-    counted = count_products(jax.make_jaxpr(step)(fresh(), *weights, rows).jaxpr)
+    with seen:  # a function of its own, as the other's trace is remembered
+        jaxpr = jax.make_jaxpr(step_function(parts, recipe))(fresh(), *weights, rows).jaxpr
+    counted = count_products(jaxpr)
     if counted != (matmuls, attention):
         raise ValueError(f"products by hand ({matmuls}, attention {attention}) and in the jaxpr ({counted}) differ")
     memory: Any = pieces["step"].compiled.memory_analysis()

@@ -3,6 +3,7 @@ error."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from helpers import tiny_llama
 from test_training import LENGTH, recipe
 
+from jeagle.checkpoint_writer import save
 from jeagle.training import unroll
 from jeagle.training.initial import new_head
+from jeagle.training.recipe import RecipeError
 from jeagle.training.step import Trainable, TrainState
 from jeagle.training.trainer import make_optimizer
 
@@ -92,6 +95,39 @@ def test_shares(monkeypatch):
     assert found["updated_tokens_per_second"] == 2 * found["tokens_per_second"] > 0
     assert found["tokens_per_second"] * found["seconds"]["step"] == pytest.approx(6 * 2 * LENGTH)
     assert found["memory_bytes"]["argument"] > 0 and found["memory_bytes"]["temp"] > 0
+
+
+def test_products_that_a_library_hides_are_counted(monkeypatch):
+    """As on a GPU in 16 bits, where attention is one call of cuDNN's."""
+    r = form_recipe("eagle3, reduced vocabulary")
+    plain = bench_train.measure(*pair(r), r, 1)
+    attend, calls = jax.nn.dot_product_attention, []
+
+    def hiding(q_BTNH, k_BTKH, v_BTKH, *, mask, implementation):
+        calls.append(implementation)
+        if implementation == "xla":
+            return attend(q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=implementation)
+        return jnp.tanh(q_BTNH)  # no product to be seen
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", hiding)
+    monkeypatch.setattr(unroll, "attended_by", lambda q_BTKGH: "cudnn")
+    found = bench_train.measure(*pair(r), r, 1)
+    assert {*calls} == {"cudnn", "xla"}
+    for name in ("products", "flops", "piece_flops", "matmul_share"):
+        assert found[name] == plain[name], name
+
+
+def test_the_pair_is_what_training_begins_with(tmp_path):
+    """Of a head to go on from, widened as the recipe asks; no data is read."""
+    r = recipe()
+    target, head = pair(r)
+    start = save(head, tmp_path / "head")
+    wider = dict(mlp_width=80, draft_vocab_size=70)
+    r = dataclasses.replace(recipe(head=dict(start=str(start), **wider)), target=str(save(target, tmp_path / "target")))
+    assert bench_train.load_pair(r, None)[1].config == dataclasses.replace(head.config, **wider)
+    assert bench_train.load_pair(r, "tiny")[1].config == r.head.config(target.config)
+    with pytest.raises(RecipeError, match=r"head\.mlp_width is 63, but"):
+        bench_train.load_pair(dataclasses.replace(r, head=dataclasses.replace(r.head, mlp_width=63)), None)
 
 
 RECIPE = """

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,19 +109,24 @@ def teach(target: Llama, head: EagleHead, rows: Rows, top_k: int | None = None) 
 
 
 def packed_attention(rows: Rows) -> LayerAttend:
-    """Causal attention inside each document of packed rows: cuDNN's where that serves, 16 bits on a GPU, else
-    XLA's."""
+    """Causal attention inside each document of packed rows."""
     mask_B1TT = _document_mask(rows)[:, None]
 
     def attend(seen: None, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         B, T, K, G, H = q_BTKGH.shape
-        fast = jax.default_backend() == "gpu" and q_BTKGH.dtype.itemsize == 2 and T % 64 == 0 and H <= 128
         out = jax.nn.dot_product_attention(
-            q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=mask_B1TT, implementation="cudnn" if fast else "xla"
+            q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=mask_B1TT, implementation=attended_by(q_BTKGH)
         )
         return out.reshape(q_BTKGH.shape)
 
     return attend
+
+
+def attended_by(q_BTKGH: jax.Array) -> Literal["cudnn", "xla"]:
+    """cuDNN where that serves, 16 bits on a GPU, else XLA."""
+    _, T, _, _, H = q_BTKGH.shape
+    fast = jax.default_backend() == "gpu" and q_BTKGH.dtype.itemsize == 2 and T % 64 == 0 and H <= 128
+    return "cudnn" if fast else "xla"
 
 
 def num_learnt(rows: Rows, depth: int) -> jax.Array:
