@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -179,6 +180,29 @@ def test_on_with_a_wider_mlp(tmp_path):
     for i in range(2):
         assert (gradient["blocks"][i]["down"]["kernel"][64:] != 0).any(axis=1).all()
         assert (second["blocks"][i]["gate_up"]["kernel"][..., 64:] != 0).any(axis=0).all()
+
+
+def test_a_run_notices_that_its_start_has_other_draft_ids(train, tmp_path):
+    """As its checkpoints hold the weights alone. A run that was begun before that was noted goes on."""
+    assert train(steps=1)[0] == 0
+    (tmp_path / "run").rename(tmp_path / "first")
+    start = tmp_path / "first" / "head"
+    assert train("--until", "1", start=start)[0] == 0
+    head = load_eagle(start)
+    ids = np.array(head.draft_to_target[...])
+    spare = np.setdiff1d(np.arange(head.config.vocab_size), ids)
+    head.draft_to_target.set_value(jnp.asarray(np.sort(np.append(ids[1:], spare[0])), jnp.int32))
+    shutil.rmtree(start)
+    save(head, start)
+    code, said = train(start=start)
+    assert code == 1 and f"run with another draft_vocabulary, as {start} has changed since it began; train into" in said
+    path = tmp_path / "run" / "run.json"
+    old = json.loads(path.read_text())
+    del old["draft_vocabulary"]
+    old["recipe"]["head"] |= dict(num_layers=1, norm_before_residual=False)  # so were fields written that were left out
+    path.write_text(json.dumps(old))
+    code, said = train(start=start)
+    assert code == 0 and "going on after step 1" in said
 
 
 def test_a_recipe_states_the_form_of_the_head_it_goes_on_from(train, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,11 @@ def prepare(
     head = starting_head(recipe, target, learnt, rows)
 
     vocabulary = vocabulary_hash(target_dir)
-    identity = {"documents": fingerprint([*learnt, *measured]), "vocabulary": vocabulary}
+    identity = {
+        "documents": fingerprint([*learnt, *measured]),
+        "vocabulary": vocabulary,
+        "draft_vocabulary": _digest(head),
+    }
     trainer = Trainer(
         recipe, directory, target, head, rows, held_out, identity=identity, devices=devices, on_report=on_report
     )
@@ -175,6 +180,13 @@ def _new(recipe: Recipe, target: Llama, documents: list[Document], sample: Rows)
         ids = jnp.asarray(chosen)
     copied = recipe.head.start == "target"
     return new_head(config, target, ids, seed=recipe.run.seed, sample=sample if copied else None)
+
+
+def _digest(head: EagleHead) -> str | None:
+    """Of its draft ids, which come from where it started, not from a run's checkpoints."""
+    if head.draft_to_target is None:
+        return None
+    return hashlib.sha256(np.asarray(head.draft_to_target[...], "<i4").tobytes()).hexdigest()
 
 
 def _covered(head: EagleHead, documents: list[Document], vocab_size: int) -> float:

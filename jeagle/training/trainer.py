@@ -2,7 +2,7 @@
 
 A run directory holds::
 
-    run.json        the recipe and fingerprints of data and tokenizer: what a resumed run must agree with
+    run.json        the recipe and fingerprints of data, tokenizer and draft ids: what a resumed run must agree with
     checkpoints/    Orbax: weights, optimizer state and step, the newest few
     metrics.jsonl   a line per step and per evaluation
     head/           the finished head, a checkpoint like any other
@@ -45,6 +45,8 @@ __all__ = ["Trainer", "TrainingError", "make_optimizer"]
 
 # What may differ when a run goes on: how long it is and how often it looks up. The schedule follows the new length.
 RESUMABLE = ("steps", "save_every", "evaluate_every", "keep")
+# What run.json said of fields of [head] that were left out, before they were None.
+FORMERLY = {"num_layers": 1, "tap_norm": "none", "norm_before_residual": False}
 
 
 class TrainingError(RuntimeError):
@@ -57,7 +59,7 @@ class Trainer:
     Args:
       target: the frozen target, in the recipe's compute dtype. head: where to start; its weights become the state's.
       rows: packed training rows. held_out: packed rows that are only measured (may have none).
-      identity: what else a resumed run must agree with (data, tokenizer), by name.
+      identity: what else a resumed run must agree with (data, tokenizer, draft ids), by name.
       on_report: called with every line of metrics.jsonl.
     """
 
@@ -174,7 +176,8 @@ class Trainer:
         return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
 
     def _agree(self, identity: dict[str, Any]) -> None:
-        """Refuse to go on with a directory that another run made."""
+        """Refuse to go on with a directory that another run made. What its run.json says nothing of, as it was begun
+        before that was noted, is not compared."""
         path = self.directory / "run.json"
         text = json.dumps(identity, indent=1) + "\n"
         if path.exists():
@@ -182,11 +185,16 @@ class Trainer:
             for run in (old, new):
                 for name in RESUMABLE:
                     run["recipe"]["run"].pop(name, None)
-            difference = _difference(old, new)
+                head = run["recipe"]["head"]
+                run["recipe"]["head"] = {k: v for k, v in head.items() if v not in (None, FORMERLY.get(k))}
+            difference = _difference(old, {name: value for name, value in new.items() if name in old})
             if difference:
+                why = ""
+                if difference == "draft_vocabulary":
+                    why = f", as {self.recipe.head.start} has changed since it began"
                 raise TrainingError(
-                    f"{self.directory} holds a run with another {difference}; train into another directory, or remove "
-                    "this one"
+                    f"{self.directory} holds a run with another {difference}{why}; train into another directory, or "
+                    "remove this one"
                 )
         _replace(path, text)
 
