@@ -28,7 +28,7 @@ from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
-__all__ = ["Run", "check_length", "load_documents", "prepare", "starting_head"]
+__all__ = ["Run", "check_form", "check_length", "load_documents", "prepare", "starting_head"]
 
 COPYING_ROWS = 32  # rows of text that heads which copy are fitted to
 
@@ -140,7 +140,7 @@ def _gone_on_from(recipe: Recipe, target: Llama, documents: list[Document]) -> E
     check_vocabulary(directory, target_dir)
     head = load_eagle(directory, dtype="float32")
     check_pair(target, head)
-    _check_form(recipe, head.config)
+    check_form(recipe, head.config)
     wanted = recipe.head.draft_vocab_size
     if wanted is not None and wanted > head.config.draft_vocab_size:
         assert head.draft_to_target is not None
@@ -151,7 +151,7 @@ def _gone_on_from(recipe: Recipe, target: Llama, documents: list[Document]) -> E
     return head if width in (None, head.config.mlp_width) else with_wider_mlp(head, width, seed=recipe.run.seed)
 
 
-def _check_form(recipe: Recipe, has: EagleConfig) -> None:
+def check_form(recipe: Recipe, has: EagleConfig) -> None:
     """Raises RecipeError where the recipe states a form that the head to go on from neither has nor can grow to."""
     kind = "eagle3" if has.fusion == "attention" else "meta" if has.first_block_norm else "eagle1"
     most = {"mlp_width": math.inf, "draft_vocab_size": has.vocab_size}  # of what may grow
