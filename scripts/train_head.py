@@ -93,6 +93,12 @@ def main() -> int:
                         f"step {line['step']}, held out: match {matches}, tokens per call {held['tau_greedy']:.3f} "
                         f"greedy, {held['tau_sampled']:.3f} at temperature 1"
                     )
+                    for name, found in held["by_temperature"].items():
+                        matches = " ".join(f"{x:.3f}" for x in found["match"])
+                        progress.console.print(
+                            f"  answers at temperature {name}: match {matches}, tokens per call of greedy rounds "
+                            f"{found['tau_rounds']:.3f}"
+                        )
 
             try:
                 run = prepare(recipe, args.directory, on_report=show)

@@ -60,7 +60,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("train")
     target, _ = reciting_pair()
     conversation = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": TEXT}]
-    lines = [{"messages": conversation}] * 14 + [{"messages": conversation, "finish": "length"}, {"text": TEXT}]
+    # Of these the 10th and the 12th are held out.
+    lines: list[dict] = [{"messages": conversation, "temperature": 0.7 * (i == 10)} for i in range(14)]
+    lines += [{"messages": conversation, "finish": "length"}, {"text": TEXT}]
     data = directory / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
@@ -98,6 +100,7 @@ def test_from_recipe_to_text(train, files, tmp_path):
     assert code == 0 and not (tmp_path / "run" / "head").exists()
     code, said = train()
     assert code == 0 and "going on after step 2" in said and "held out: match" in said
+    assert "answers at temperature 0: match" in said and "answers at temperature 0.7: match" in said
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]

@@ -68,7 +68,7 @@ def trainer(directory, r: Recipe, *, devices=1, **kwargs) -> Trainer:
     if config.reduced_vocabulary:
         ids = jnp.asarray(choose_vocabulary(documents(), vocab_size=97, size=config.draft_vocab_size, always=[2]))
     head = new_head(config, target, ids, seed=0, sample=Rows(*(x[:1] for x in rows)))
-    held_out = pack(documents(12, seed=1), LENGTH)
+    held_out = {"0": pack(documents(12, seed=1), LENGTH), "1": pack(documents(5, seed=2), LENGTH)}
     return Trainer(
         r, directory, target, head, rows, held_out, identity={"data": "d"}, devices=jax.devices()[:devices], **kwargs
     )
@@ -85,6 +85,8 @@ def test_a_head_learns_and_comes_back_as_a_checkpoint(tmp_path):
     before = t.evaluate()
     t.train()
     after = t.evaluate()
+    cold, hot = (after["by_temperature"][name]["loss_by_depth"][0] for name in ("0", "1"))
+    assert min(cold, hot) < after["loss_by_depth"][0] < max(cold, hot)
     assert after["loss_by_depth"][0] < 0.8 * before["loss_by_depth"][0]
     assert after["alpha"][0] > before["alpha"][0] + 0.05
     assert after["tau_sampled"] > before["tau_sampled"]

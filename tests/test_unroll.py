@@ -16,7 +16,7 @@ from jeagle.eagle import EagleHead
 from jeagle.sampling import Filters, SamplingParams
 from jeagle.training.losses import LOSSES, acceptance, lump
 from jeagle.training.packing import Rows
-from jeagle.training.unroll import Objective, learn, num_learnt, teach, unroll
+from jeagle.training.unroll import Objective, begun, learn, num_learnt, teach, unroll
 from jeagle.tree import StaticTree
 
 DEPTH = 4
@@ -218,3 +218,21 @@ def test_eagle1_regresses_the_targets_features():
     error = np.abs(np.asarray(hidden[0, :-1] - teacher.hidden_BTD[0, 1:]))
     wanted = np.where(error < 1, 0.5 * error**2, error - 0.5).mean(-1).sum()
     assert float(measures.loss[0]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_rounds_begin_after_what_was_kept():
+    """As a walk over each run of judged positions, from its first one, finds them."""
+    rng = np.random.default_rng(0)
+    kept_BT = rng.integers(0, 5, (6, 33))
+    judged_BT = rng.random((6, 33)) < 0.9
+    judged_BT[0], judged_BT[1] = True, False
+    wanted_BT = np.zeros_like(judged_BT)
+    for kept, judged, wanted in zip(kept_BT, judged_BT, wanted_BT, strict=True):
+        for first in np.flatnonzero(judged & ~np.append(False, judged[:-1])):
+            position = first
+            while position < len(kept) and judged[position]:
+                wanted[position] = True
+                position += kept[position] + 1
+    np.testing.assert_array_equal(begun(jnp.asarray(kept_BT), jnp.asarray(judged_BT)), wanted_BT)
+    example = begun(jnp.asarray([[2, 0, 1, 3, 0, 1, 0, 0]]), jnp.ones((1, 8), bool))
+    assert np.flatnonzero(example[0]).tolist() == [0, 3, 7]

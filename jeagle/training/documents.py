@@ -11,6 +11,7 @@ A conversation whose ``finish`` is "length" was cut off, so no end-of-turn token
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -35,6 +36,7 @@ class DataError(ValueError):
 class Document:
     token_n: np.ndarray  # int32
     response_n: np.ndarray  # bool: the tokens that the target wrote as an answer, end of turn included
+    temperature: float | None = None  # at which it did, where the file says so
 
     def __len__(self) -> int:
         return len(self.token_n)
@@ -90,14 +92,17 @@ def fingerprint(documents: Iterable[Document]) -> str:
 
 
 def _document(record: dict[str, Any], tokenizer: Tokenizer, end_of_turn: int) -> Document:
+    temperature = None if record.get("temperature") is None else float(record["temperature"])
     if "token_ids" in record:
         ids = np.asarray(record["token_ids"], np.int32).reshape(-1)
         response = np.zeros(len(ids), bool)
         for start, stop in record["response"]:
             response[start:stop] = True
-        return Document(ids, response)
+        return Document(ids, response, temperature)
     if "messages" in record:
-        return _conversation(record["messages"], tokenizer, end_of_turn, cut=record.get("finish") == "length")
+        cut = record.get("finish") == "length"
+        document = _conversation(record["messages"], tokenizer, end_of_turn, cut=cut)
+        return dataclasses.replace(document, temperature=temperature)
     if "text" in record:
         ids = np.asarray(encode(tokenizer, record["text"]), np.int32)
         return Document(ids, np.ones(len(ids), bool))

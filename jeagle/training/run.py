@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def prepare(
     learnt, measured = load_documents(recipe, target.config, tokenizer)
     options: Any = dict(long_documents=recipe.data.long_documents)
     rows = pack(learnt, recipe.data.pack_length, **options)
-    held_out = pack(measured, recipe.data.pack_length, **options) if measured else _no_rows(rows)
+    held_out = _by_temperature(measured, recipe.data.pack_length, options) if measured else {}
     head = starting_head(recipe, target, learnt, rows)
 
     vocabulary = vocabulary_hash(target_dir)
@@ -194,5 +195,15 @@ def _covered(head: EagleHead, documents: list[Document], vocab_size: int) -> flo
     return coverage(documents, np.asarray(head.draft_to_target[...]), vocab_size=vocab_size)
 
 
-def _no_rows(like: Rows) -> Rows:
-    return Rows(*(x[:0] for x in like))
+def _by_temperature(documents: list[Document], length: int, options: dict[str, Any]) -> dict[str, Rows]:
+    """Rows of the documents of each temperature that ``pack`` keeps one of. Raises what it raises of all of them."""
+    pack(documents, length, **options)
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        name = "unknown" if document.temperature is None else f"{document.temperature:g}"
+        groups.setdefault(name, []).append(document)
+    rows = {}
+    for name in sorted(groups):
+        with contextlib.suppress(DataError):
+            rows[name] = pack(groups[name], length, **options)
+    return rows

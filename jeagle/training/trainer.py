@@ -58,7 +58,7 @@ class Trainer:
 
     Args:
       target: the frozen target, in the recipe's compute dtype. head: where to start; its weights become the state's.
-      rows: packed training rows. held_out: packed rows that are only measured (may have none).
+      rows: packed training rows. held_out: packed rows that are only measured, by the temperature of their answers.
       identity: what else a resumed run must agree with (data, tokenizer, draft ids), by name.
       on_report: called with every line of metrics.jsonl.
     """
@@ -70,7 +70,7 @@ class Trainer:
         target: Llama,
         head: EagleHead,
         rows: Rows,
-        held_out: Rows,
+        held_out: dict[str, Rows],
         *,
         identity: dict[str, Any],
         devices: list[jax.Device] | None = None,
@@ -144,14 +144,18 @@ class Trainer:
                 self.save()
 
     def evaluate(self) -> dict[str, Any]:
-        """Means over the held-out rows; {} when there are none."""
+        """Means over the held-out rows, and over those of each temperature; {} when there are none."""
         R = self.recipe.run.rows
-        total: Measures | None = None
-        for start in range(0, len(self.held_out.token_BT), R):
-            part = Rows(*(_padded(x[start : start + R], R) for x in self.held_out))
-            measures = jax.device_get(self._evaluate(self.state.params, part))
-            total = measures if total is None else jax.tree.map(np.add, total, measures)
-        return {} if total is None else total.means()
+        totals: dict[str, Measures] = {}
+        for name, rows in self.held_out.items():
+            for start in range(0, len(rows.token_BT), R):
+                part = Rows(*(_padded(x[start : start + R], R) for x in rows))
+                found = jax.device_get(self._evaluate(self.state.params, part))
+                totals[name] = jax.tree.map(np.add, totals[name], found) if name in totals else found
+        if not totals:
+            return {}
+        total = jax.tree.map(lambda *sums: np.sum(sums, axis=0), *totals.values())
+        return {**total.means(), "by_temperature": {name: found.means() for name, found in totals.items()}}
 
     def save(self) -> None:
         """A checkpoint of this step, complete or not there at all."""

@@ -28,7 +28,7 @@ from jeagle.sharding import Across
 from jeagle.training.losses import acceptance, lump, smooth_l1
 from jeagle.training.packing import Rows
 
-__all__ = ["Measures", "Objective", "Teacher", "learn", "num_learnt", "packed_attention", "teach", "unroll"]
+__all__ = ["Measures", "Objective", "Teacher", "begun", "learn", "num_learnt", "packed_attention", "teach", "unroll"]
 
 CHUNK = 2048  # positions whose target logits are alive at once
 
@@ -70,21 +70,25 @@ class Measures(NamedTuple):
     chain_alpha: jax.Array  # product of alpha over this and all earlier depths
     chain_match: jax.Array  # this and all earlier depths match
     chain_num: jax.Array  # positions with K drafts to judge
+    round_match: jax.Array  # of the rounds of decoding, as ``begun`` finds them: this and all earlier depths match
+    round_num: jax.Array
 
     def means(self) -> dict[str, Any]:
         """What to report: per-depth means, and the tokens per call that a chain of K would reach.
 
         ``tau_greedy`` and ``tau_sampled`` add up the chance that the first 1, 2, .. K drafts all survive, and the bonus
         token: an estimate from every position of the text, where decoding starts its rounds after a rejection.
+        ``tau_rounds`` is of such rounds alone: what decoding at temperature 0 gets on answers of temperature 0.
         """
         m = {name: np.asarray(x, np.float64) for name, x in self._asdict().items()}
-        num, chains = np.maximum(m["num"], 1), np.maximum(m["chain_num"], 1)
+        num, chains, rounds = (np.maximum(m[name], 1) for name in ("num", "chain_num", "round_num"))
         return {
             "loss_by_depth": (m["loss"] / num).tolist(),
             "alpha": (m["alpha"] / num).tolist(),
             "match": (m["match"] / num).tolist(),
             "tau_greedy": 1 + float(np.sum(m["chain_match"] / chains)),
             "tau_sampled": 1 + float(np.sum(m["chain_alpha"] / chains)),
+            "tau_rounds": 1 + float(np.sum(m["round_match"] / rounds)),
         }
 
 
@@ -177,7 +181,7 @@ def learn(
     everywhere_BT = reduce(jnp.logical_and, learnt)  # where the whole chain can be judged
     chain_alpha_BT = chain_match_BT = everywhere_BT.astype(jnp.float32)
     total_weight = sum(o.decay**k for k in range(o.depth))
-    sums = []
+    sums, kept = [], []
     for k, (feature_BTD, hidden_BTD) in enumerate(unroll(head, target, rows, feature_BTX, o.depth)):
         learnt_BT = learnt[k]
         error_BT, alpha_BT, match_BT, inside_BT = compare(hidden_BTD, feature_BTD, k)
@@ -188,6 +192,7 @@ def learn(
         if o.reach:
             reach_BT = reach_BT * jax.lax.stop_gradient(jnp.maximum(alpha_BT, 1e-3)) ** o.reach
         chain_alpha_BT, chain_match_BT = chain_alpha_BT * alpha_BT, chain_match_BT * match_BT
+        kept.append(chain_match_BT)
         sums.append(
             [
                 step_loss,
@@ -199,7 +204,34 @@ def learn(
                 jnp.sum(everywhere_BT),
             ]
         )
-    return loss, Measures(*(jnp.stack([x.astype(jnp.float32) for x in column]) for column in zip(*sums, strict=True)))
+    begun_BT = begun(sum(kept).astype(jnp.int32), everywhere_BT)
+    rounds = [[jnp.sum(match_BT * begun_BT), jnp.sum(begun_BT)] for match_BT in kept]
+    columns = zip(*([*a, *b] for a, b in zip(sums, rounds, strict=True)), strict=True)
+    return loss, Measures(*(jnp.stack([x.astype(jnp.float32) for x in column]) for column in columns))
+
+
+def begun(kept_BT: jax.Array, judged_BT: jax.Array) -> jax.Array:
+    """bool [B, T]: where decoding would begin its rounds.
+
+    kept_BT: how many drafts a round would keep that begins there; judged_BT: whether that is known. The first round of
+    a run of such positions begins with it, the next one after what was kept and the target's own token:
+
+        kept   2 0 1 3 0 1 0 0
+        begun  x     x       x
+    """
+    T = kept_BT.shape[1]
+
+    def row(kept_T: jax.Array, judged_T: jax.Array) -> jax.Array:
+        # Of each position, the round 1, 2, 4, ... rounds on; T stands for none.
+        after = jnp.minimum(jnp.arange(T) + kept_T + 1, T)
+        jump = jnp.append(jnp.where(judged_T, after, T), T)
+        reached = jnp.append(judged_T & ~jnp.append(False, judged_T[:-1]), False)
+        for _ in range(T.bit_length()):
+            reached = reached.at[jump].max(reached)
+            jump = jump[jump]
+        return reached[:T] & judged_T
+
+    return jax.vmap(row)(kept_BT, judged_BT)
 
 
 def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, feature_BTD, k: int):
