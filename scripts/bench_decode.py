@@ -111,7 +111,7 @@ class Timed:
 
 
 def switch_ms(decoder: Decoder, state: DecodeState, repeats: int) -> dict[str, float]:
-    """Of ``Decoder.switch`` from one tree to the next: the best of several, once all is compiled. ``state`` is plain."""
+    """Of ``Decoder.switch`` from one tree to the next: the best of several. ``state`` is plain."""
     plans = [OFF, *map(StaticTree.chain, (3, 1, 3)), OFF]
     best: dict[str, float] = {}
     for repeat in range(repeats + 1):
