@@ -108,7 +108,7 @@ def peers(result: Result) -> Iterator[tuple[str, str]]:
             if "jeagle" not in row["name"]:
                 found += f"; jeagle is {spread_of(row['jeagle_over_it'])} as fast"
                 if speculative := row.get("speculative_over_it"):
-                    found += f", speculative {spread_of(speculative)}"
+                    found += f", speculative {spread_of(speculative)}{forced(result)}"
             yield what, found
 
 

@@ -94,7 +94,7 @@ def test_parts_of_the_gpu_suite():
 
 
 def test_synthetic_and_missing_are_said():
-    """Both must be read in the table itself."""
+    """Both must be read in the table itself: what was forced beside every number that it enters, also as a ratio."""
     rate = {name: 10 * value for name, value in HALF.items()}
     contenders = [
         dict(name="jeagle", status="measured", tokens_per_second=rate),
@@ -102,11 +102,15 @@ def test_synthetic_and_missing_are_said():
         dict(name="vllm", status="not installed: vllm"),
         dict(name="transformers", status="measured", tokens_per_second=rate, jeagle_over_it=HALF),
     ]
+    contenders[-1]["speculative_over_it"] = {name: 4 * value for name, value in HALF.items()}
     result = dict(ABOUT, script="bench_peers", draft=None, max_tokens=8, synthetic_acceptance=[0.5, 0.5])
     said = report.section({"peers.json": result | dict(runs=[dict(batch=2, contenders=contenders)])})
     assert "| jeagle, speculative, batch 2, synthetic acceptance of 1.8 tokens per call | 5.0 tokens/s |" in said
     assert "| vllm, batch 2 | not installed: vllm |" in said
-    assert "| transformers, batch 2 | 5.0 tokens/s; jeagle is 0.50x (0.45 to 0.55) as fast |" in said
+    assert (
+        "| transformers, batch 2 | 5.0 tokens/s; jeagle is 0.50x (0.45 to 0.55) as fast, "
+        "speculative 2.00x (1.80 to 2.20), synthetic acceptance of 1.8 tokens per call |"
+    ) in said
     run = dict(batch=1, temperature=0.0, tree="chain-3", tokens_per_second=5.0, tokens_per_call=2.8, speedup=HALF)
     generate = dict(result, script="bench_generate", runs=[run | dict(share_of_floor=0.25)])
     said = report.section({"generate.json": generate})
