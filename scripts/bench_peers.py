@@ -12,6 +12,7 @@ them once on the same prompts, after one run that does not count. Seconds are of
     tokens/s      median over the repeats, and quartiles
     jeagle / it   jeagle's tokens/s over the peer's in the same repeat: median, quartiles, least; also speculatively
     equal         share of the tokens that stand where jeagle's plain text has the same
+    a call        of jeagle: tokens per target forward, of all repeats; the JSON has the trees that served the rounds
 
 A peer that is not installed stands in the table and in the JSON as "not installed". transformers' prompt lookup decodes
 one prompt at a time. The last line is one JSON object.
@@ -28,16 +29,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from common import environment, exit_code, load_questions, spread, write_result
+from common import environment, exit_code, load_questions, pooled, spread, write_result
 from measuring import compiled_before
 from reporting import check_outputs, make_console, new_table, synthetic_note
 from tqdm import tqdm
 
-from jeagle import LLM, SamplingParams
+from jeagle import LLM, RequestMetrics, SamplingParams
 from jeagle.verify import constant_profile
 
 PEERS = {"transformers": "hf.py", "llama.cpp": "llama_cpp_engine.py", "vllm": "vllm_engine.py"}
@@ -45,6 +46,12 @@ LOOKUP = "transformers, prompt lookup"
 JEAGLE, SPECULATIVE = "jeagle", "jeagle, speculative"
 PAUSE = 0.2  # seconds between contenders: threads of the last one may still spin
 Ids = list[list[int]]
+
+
+class Turn(NamedTuple):
+    ids: Ids
+    seconds: float
+    metrics: Sequence[RequestMetrics] = ()  # of jeagle's requests
 
 
 class Missing(Exception):
@@ -90,15 +97,16 @@ class Worker:
 class Contender:
     """Someone who generates for a batch, what it took, and what was said at first."""
 
-    def __init__(self, name: str, run: Callable[[Ids], tuple[Ids, float]], most_rows: int | None = None):
+    def __init__(self, name: str, run: Callable[[Ids], Turn], most_rows: int | None = None):
         self.name, self.most_rows = name, most_rows
         self.run = run
         self.status = "measured"
         self.rates: list[float] = []
         self.texts: list[Ids] = []
+        self.metrics: list[RequestMetrics] = []
 
     def reset(self, rows: int) -> None:
-        self.rates, self.texts = [], []
+        self.rates, self.texts, self.metrics = [], [], []
         if not self.status.startswith(("not installed", "failed")):
             few = self.most_rows is None or rows <= self.most_rows
             self.status = "measured" if few else f"takes {self.most_rows} prompt at a time"
@@ -108,35 +116,37 @@ class Contender:
             return
         time.sleep(PAUSE)
         try:
-            ids, seconds = self.run(prompts)
+            turn = self.run(prompts)
         except Missing as why:
             self.status = str(why)
             return
         if counts:
-            self.texts.append(ids)
-            self.rates.append(sum(map(len, ids)) / seconds)
+            self.texts.append(turn.ids)
+            self.rates.append(sum(map(len, turn.ids)) / turn.seconds)
+            self.metrics += turn.metrics
 
 
-def ours(llm: LLM, max_tokens: int, speculative: bool) -> Callable[[Ids], tuple[Ids, float]]:
+def ours(llm: LLM, max_tokens: int, speculative: bool) -> Callable[[Ids], Turn]:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=0)  # greedy; the seed is synthetic rounds'
 
-    def run(prompts: Ids) -> tuple[Ids, float]:
-        def timed() -> tuple[Ids, float]:
+    def run(prompts: Ids) -> Turn:
+        def timed() -> Turn:
             began = time.perf_counter()
             outputs = llm.generate(prompts, params, speculative=speculative, use_tqdm=False)
-            return [list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - began
+            ids, seconds = [list(o.outputs[0].token_ids) for o in outputs], time.perf_counter() - began
+            return Turn(ids, seconds, [o.metrics for o in outputs])
 
         return compiled_before(llm, timed)
 
     return run
 
 
-def theirs(worker: Worker, max_tokens: int, lookup: int) -> Callable[[Ids], tuple[Ids, float]]:
-    def run(prompts: Ids) -> tuple[Ids, float]:
+def theirs(worker: Worker, max_tokens: int, lookup: int) -> Callable[[Ids], Turn]:
+    def run(prompts: Ids) -> Turn:
         answer = worker.ask(do="generate", prompts=prompts, max_tokens=max_tokens, lookup=lookup)
         if short := [len(ids) for ids in answer["ids"] if len(ids) != max_tokens]:
             raise Missing(f"failed: emitted {short[0]} tokens, not {max_tokens}")
-        return answer["ids"], answer["seconds"]
+        return Turn(answer["ids"], answer["seconds"])
 
     return run
 
@@ -158,6 +168,9 @@ def summarize(contenders: Sequence[Contender], batch: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(name=c.name, status=c.status)
         if c.status == "measured":
             row |= dict(tokens_per_second=spread(c.rates), equal_tokens=equal_share(c.texts, by_name[JEAGLE].texts))
+            if c.metrics:
+                total = pooled(c.metrics)
+                row |= dict(tokens_per_call=total.tokens_per_call, rounds_by_tree=total.rounds_by_tree)
             for field, name in (("jeagle_over_it", JEAGLE), ("speculative_over_it", SPECULATIVE)):
                 if name in by_name:
                     row[field] = spread([a / b for a, b in zip(by_name[name].rates, c.rates, strict=True)])
@@ -167,7 +180,8 @@ def summarize(contenders: Sequence[Contender], batch: int) -> dict[str, Any]:
 
 def print_table(run: dict[str, Any], title: str) -> None:
     ratios = ("jeagle / it", "speculative / it")
-    table = new_table("", "tokens/s", "quartiles", *ratios, "equal", title=title, right=("tokens/s", *ratios, "equal"))
+    numbers = ("tokens/s", *ratios, "equal", "a call")
+    table = new_table("", "tokens/s", "quartiles", *numbers[1:], title=title, right=numbers)
     for row in run["contenders"]:
         if row["status"] != "measured":
             table.add_row(row["name"], row["status"])
@@ -180,7 +194,8 @@ def print_table(run: dict[str, Any], title: str) -> None:
             else:
                 cells.append("")
         about = f"{rate['quartile_1']:.1f} to {rate['quartile_3']:.1f}"
-        table.add_row(row["name"], f"{rate['median']:.1f}", about, *cells, f"{row['equal_tokens']:.0%}")
+        cells += [f"{row['equal_tokens']:.0%}", f"{row['tokens_per_call']:.2f}" if "tokens_per_call" in row else ""]
+        table.add_row(row["name"], f"{rate['median']:.1f}", about, *cells)
     make_console().print(table)
 
 
@@ -215,9 +230,9 @@ def join(args: argparse.Namespace, longest: int, contenders: list[Contender], wo
     """Start every peer; those that cannot run stay in the table with the reason. Returns versions."""
     versions = {}
     for peer in args.peers:
-        entrants = [Contender(peer, lambda _: ([], 1.0))]
+        entrants = [Contender(peer, lambda _: Turn([], 1.0))]
         if peer == "transformers" and args.lookup:
-            entrants.append(Contender(LOOKUP, lambda _: ([], 1.0), most_rows=1))
+            entrants.append(Contender(LOOKUP, lambda _: Turn([], 1.0), most_rows=1))
         contenders += entrants
         try:
             worker = Worker(pythons(args.peer_python)[peer], Path(__file__).parent / "peers" / PEERS[peer])

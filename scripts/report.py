@@ -104,12 +104,23 @@ def peers(result: Result) -> Iterator[tuple[str, str]]:
             if row["status"] != "measured":
                 yield what, row["status"]
                 continue
-            found = f"{row['tokens_per_second']['median']:.1f} tokens/s"
+            found = f"{row['tokens_per_second']['median']:.1f} tokens/s{served_by(row)}"
             if "jeagle" not in row["name"]:
                 found += f"; jeagle is {spread_of(row['jeagle_over_it'])} as fast"
                 if speculative := row.get("speculative_over_it"):
                     found += f", speculative {spread_of(speculative)}{forced(result)}"
             yield what, found
+
+
+def served_by(row: Result) -> str:
+    """Tokens per call and the trees of at least 10% of the rounds, where a contender counted them."""
+    rounds = row.get("rounds_by_tree")
+    if not rounds:
+        return ""
+    if set(rounds) == {"off"}:
+        return ", decoding plainly"
+    often = [f"`{tree}`" for tree, n in rounds.items() if n >= 0.1 * sum(rounds.values())]
+    return f", {row['tokens_per_call']:.2f} tokens per call, {', '.join(often)}"
 
 
 def steady(result: Result) -> Iterator[tuple[str, str]]:

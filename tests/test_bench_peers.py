@@ -100,6 +100,11 @@ def test_turns_ratios_and_what_is_missing(files, monkeypatch, capsys):
         ratio = rows["transformers"]["jeagle_over_it"]
         assert 0 < ratio["min"] <= ratio["quartile_1"] <= ratio["median"]
         assert rows["jeagle"]["jeagle_over_it"]["min"] == rows["jeagle"]["jeagle_over_it"]["max"] == 1
+        # The rounds of two turns of 6 tokens; those of the warm-up are not among them.
+        assert (rows["jeagle"]["rounds_by_tree"], rows["jeagle"]["tokens_per_call"]) == ({"off": 12}, 1)
+        ((tree, rounds),) = rows["jeagle, speculative"]["rounds_by_tree"].items()
+        assert tree == "chain-2" and rows["jeagle, speculative"]["tokens_per_call"] == 12 / rounds
+        assert "rounds_by_tree" not in rows["transformers"]
 
 
 def test_a_package_that_is_missing_and_a_process_that_dies(files, tmp_path):
@@ -116,7 +121,7 @@ def test_a_package_that_is_missing_and_a_process_that_dies(files, tmp_path):
 
 
 def test_who_takes_one_prompt_at_a_time_says_so():
-    contender = bench_peers.Contender("one", lambda prompts: ([[1, 2] for _ in prompts], 0.5), most_rows=1)
+    contender = bench_peers.Contender("one", lambda prompts: bench_peers.Turn([[1, 2] for _ in prompts], 0.5), 1)
     for rows, status, rates in ((2, "takes 1 prompt at a time", []), (1, "measured", [4.0])):
         contender.reset(rows)
         for counts in (False, True):

@@ -93,8 +93,8 @@ def test_parts_of_the_gpu_suite():
     assert "splits" not in said
 
 
-def test_synthetic_and_missing_are_said():
-    """Both must be read in the table itself: what was forced beside every number that it enters, also as a ratio."""
+def test_synthetic_missing_and_trees_are_said():
+    """All must be read in the table itself: what was forced beside every number that it enters, also as a ratio."""
     rate = {name: 10 * value for name, value in HALF.items()}
     contenders = [
         dict(name="jeagle", status="measured", tokens_per_second=rate),
@@ -111,7 +111,13 @@ def test_synthetic_and_missing_are_said():
         "| transformers, batch 2 | 5.0 tokens/s; jeagle is 0.50x (0.45 to 0.55) as fast, "
         "speculative 2.00x (1.80 to 2.20), synthetic acceptance of 1.8 tokens per call |"
     ) in said
+    contenders[0] |= dict(tokens_per_call=1.0, rounds_by_tree={"off": 20})
+    contenders[1] |= dict(tokens_per_call=2.48, rounds_by_tree={"chain-3": 50, "off": 45, "[[0],[1]]": 5})
+    measured = result | dict(synthetic_acceptance=None, runs=[dict(batch=2, contenders=contenders)])
+    said = report.section({"peers.json": measured})
+    assert "| jeagle, batch 2 | 5.0 tokens/s, decoding plainly |" in said
+    assert "| jeagle, speculative, batch 2 | 5.0 tokens/s, 2.48 tokens per call, `chain-3`, `off` |" in said
+    assert "speculative 2.00x (1.80 to 2.20) |" in said
     run = dict(batch=1, temperature=0.0, tree="chain-3", tokens_per_second=5.0, tokens_per_call=2.8, speedup=HALF)
     generate = dict(result, script="bench_generate", runs=[run | dict(share_of_floor=0.25)])
     said = report.section({"generate.json": generate})
-    assert "chain-3, synthetic acceptance of 1.8 tokens per call | 5.0 tokens/s, 2.80" in said
