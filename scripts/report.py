@@ -207,7 +207,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "eval_acceptance": ("temperature 0, chain-4:", "temperature 1, chain-4:", "speculative over plain"),
     "bench_generate": ("dispatch",),
     "bench_peers": ("jeagle, ", "transformers, batch", "llama.cpp", "vllm"),
-    "bench_steady": ("outside the device loop", "tokens/s"),
+    "bench_steady": ("outside the device loop", "tokens/s", "rounds/s"),
     "bench_queue": ("",),
     "bench_start": ("",),
     "gpu_suite": ("8B shape", "1B shape, random", "SmolLM2"),

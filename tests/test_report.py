@@ -121,3 +121,11 @@ def test_synthetic_missing_and_trees_are_said():
     run = dict(batch=1, temperature=0.0, tree="chain-3", tokens_per_second=5.0, tokens_per_call=2.8, speedup=HALF)
     generate = dict(result, script="bench_generate", runs=[run | dict(share_of_floor=0.25)])
     said = report.section({"generate.json": generate})
+    assert "chain-3, synthetic acceptance of 1.8 tokens per call | 5.0 tokens/s, 2.80" in said
+
+
+def test_the_headlines_show_long_answers_in_rounds_too():
+    """Tokens/s depend on what a text repeats of itself; rounds/s say what length costs."""
+    name = "bench_steady_cpu_smollm2.json"
+    said = report.headlines({name: json.loads((report.RESULTS / name).read_text())})
+    assert "| plain: tokens/s of 4096 tokens" in said and "| speculative: rounds/s of 4096 tokens" in said
