@@ -11,6 +11,9 @@ Three things, at batch 1, plain and (with a draft) speculative:
     memory   bytes held after each of --requests requests of different lengths, one after the other; the growth is that
              from the end of the first quarter, when every shape has been compiled, to the last request
 
+host and length ask a prompt of random ids, after which the model soon says the same again and again and drafts are
+nearly always right; --prompt asks a text of yours.
+
 The last line is one JSON object.
 """
 
@@ -40,9 +43,17 @@ def make_prompt(vocab_size: int, length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(3, vocab_size, size=length).tolist()
 
 
-def long_and_short(llm: LLM, speculative: bool, long: int, short: int, repeats: int) -> dict[str, Any]:
+def read_prompt(llm: LLM, text: str | None) -> list[int]:
+    """What a user says, or random ids."""
+    if text is None:
+        return make_prompt(llm.config.vocab_size, PROMPT, 0)
+    return llm.apply_chat_template([dict(role="user", content=text)])
+
+
+def long_and_short(
+    llm: LLM, prompt: list[int], speculative: bool, long: int, short: int, repeats: int
+) -> dict[str, Any]:
     """Decode tokens per second of answers of both lengths, prefill left out."""
-    prompt = make_prompt(llm.config.vocab_size, PROMPT, 0)
     rates: dict[int, list[float]] = {short: [], long: []}
     calls: dict[int, float] = {}
     for _ in tqdm(range(repeats), desc="lengths", disable=None):
@@ -74,7 +85,10 @@ def watch_memory(llm: LLM, speculative: bool, requests: int, max_tokens: int) ->
     settled = held[requests // 4]
     growth = held[-1] - settled
     return dict(requests=requests, first_MB=held[0] / 1e6, settled_MB=settled / 1e6, last_MB=held[-1] / 1e6) | dict(
-        most_MB=max(held) / 1e6, growth_MB=growth / 1e6, growth_share=growth / settled
+        most_MB=max(held) / 1e6,
+        growth_MB=growth / 1e6,
+        growth_share=growth / settled,
+        held_MB=[round(n / 1e6, 3) for n in held],
     )
 
 
@@ -86,16 +100,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_outputs(args.out, None)
     here = environment()
     llm = LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_batch_size=1)
+    prompt = read_prompt(llm, args.prompt)
     found: dict[str, Any] = {}
     for name, speculative in (("plain", False), *([("speculative", True)] if args.draft else [])):
-        prompt = make_prompt(llm.config.vocab_size, PROMPT, 0)
         found[name] = dict(
             host=host_share(llm, prompt, args.short, args.repeats, speculative=speculative),
-            length=long_and_short(llm, speculative, args.long, args.short, args.repeats),
+            length=long_and_short(llm, prompt, speculative, args.long, args.short, args.repeats),
             memory=watch_memory(llm, speculative, args.requests, args.request_tokens),
         )
     plan = f"{llm.plan.num_nodes} nodes, depth {llm.plan.max_depth}" if args.draft else None
-    about = dict(model=args.model, draft=args.draft, tree=plan, dtype=jnp.dtype(llm.dtype).name, prompt=PROMPT)
+    about = dict(model=args.model, draft=args.draft, tree=plan, dtype=jnp.dtype(llm.dtype).name)
+    about |= dict(prompt="random ids" if args.prompt is None else args.prompt, prompt_tokens=len(prompt))
     return dict(script="bench_steady", **here, **about, runs=found)
 
 
@@ -118,6 +133,7 @@ def main() -> int:
     parser.add_argument("--draft", help="EAGLE head, in the same forms or by name")
     parser.add_argument("--tree", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--prompt", metavar="TEXT", help="what a user says, through the chat template; else random ids")
     parser.add_argument("--short", type=int, default=256, help="tokens of a short answer")
     parser.add_argument("--long", type=int, default=4096, help="tokens of a long one")
     parser.add_argument("--repeats", type=int, default=3)

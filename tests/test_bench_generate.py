@@ -14,7 +14,7 @@ import pytest
 import tiny_tokenizer
 from reciter import make_head, reciting_pair
 
-from jeagle import EagleConfig, costs
+from jeagle import LLM, EagleConfig, costs
 from jeagle.checkpoint_writer import save
 from jeagle.tree_table import TreeTable
 
@@ -152,11 +152,16 @@ def test_prompts_and_profiles(files):
 
 def test_steady(run, files):
     options = ["--short", "8", "--long", "60", "--repeats", "1", "--requests", "8", "--request-tokens", "4"]
-    result, printed = run(bench_steady, files["target"], *options)
+    result, printed = run(bench_steady, files["target"], "--prompt", "ab", *options)
     assert set(result["runs"]) == {"plain"} and "long / short" in printed
     found = result["runs"]["plain"]
     assert 0 < found["host"]["host_share"] <= 1 and found["host"]["tokens"] == 8
     assert found["length"]["ratio"]["median"] > 0 and found["memory"]["last_MB"] > 1
+    assert len(found["memory"]["held_MB"]) == 8 and max(found["memory"]["held_MB"]) > 1
+    llm = LLM(files["target"])
+    said = llm.apply_chat_template([dict(role="user", content="ab")])
+    assert (result["prompt"], result["prompt_tokens"]) == ("ab", len(said))
+    assert bench_steady.read_prompt(llm, "ab") == said and len(bench_steady.read_prompt(llm, None)) == 100
 
 
 def test_start(run, files, monkeypatch):
