@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import environment, exit_code
 from measuring import bandwidth
-from reporting import check_outputs, make_console, new_table
+from reporting import check_outputs, grouped_bars, make_console, new_figure, new_table, save_picture, with_picture
 
 from jeagle.attention import IMPLEMENTATIONS, resolve
 from jeagle.sizes import size
@@ -69,7 +69,7 @@ def milliseconds(args: argparse.Namespace, rows: int, capacity: int, seen: int, 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.repeats < 1 or min(args.new) < 1:
         raise ValueError("--repeats and --new must be at least 1")
-    check_outputs(args.out, None)
+    check_outputs(args.out, args.picture)
     args.attention = resolve(args.attention)
     here = environment()
     config = size(args.size)
@@ -96,6 +96,22 @@ def print_table(result: dict[str, Any]) -> None:
     make_console().print(table)
 
 
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Above: milliseconds. Below: keys and values per second. A group per cache and number of new positions."""
+    runs = result["runs"]
+    about = f"{result['model']}, {result['dtype']}, {result['attention']}, {result['device']}"
+    figure = new_figure(f"attention of all layers: {about}", 13, 7.5)
+    groups = [f"{r['rows']} x {r['seen']:,}\nof {r['capacity']:,}\n{r['new']} new" for r in runs]
+    both = (("milliseconds", "ms of all layers (median)"), ("GBps", "GB/s of keys and values"))
+    for axes, (field, label) in zip(figure.subplots(2, 1), both, strict=True):
+        grouped_bars(axes, groups, {order: [run[field][order] for run in runs] for order in ORDERS})
+        axes.set(ylabel=label)
+    figure.axes[1].set(xlabel="rows x positions seen, of how many, new ones per row")
+    figure.axes[1].margins(y=0.4)  # its legend has a line more
+    figure.axes[1].axhline(result["bandwidth_GBps"], color="black", linestyle="--", label="reading memory")
+    save_picture(figure, path)
+
+
 def main() -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -105,8 +121,9 @@ def main() -> int:
     parser.add_argument("--new", type=int, nargs="+", default=[1, 4], help="new positions per row")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args()
-    return exit_code(lambda: measure(args), print_table, args.out)
+    return exit_code(lambda: measure(args), with_picture(print_table, draw, args.picture), args.out)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, write_result
+from common import environment, exit_code
 from flax import nnx
 from measuring import bandwidth, host_share, make_batch, random_head, target_bytes
+from reporting import check_outputs, new_figure, save_picture, with_picture
 
 from jeagle import LLM
 from jeagle.cache import after, commit
@@ -125,18 +128,8 @@ def switch_ms(decoder: Decoder, state: DecodeState, repeats: int) -> dict[str, f
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help="a converted checkpoint; without one, --shape with random weights")
-    parser.add_argument("--shape", default="smollm2-135m", choices=["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; the prefix is 100 long")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--out", help="also write the JSON here")
-    args = parser.parse_args()
-
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    check_outputs(args.out, args.picture)
     here = environment()
     dtype = jnp.dtype(args.dtype)
     if args.model:
@@ -168,7 +161,7 @@ def main() -> None:
     weights = target_bytes(target)
     floor = weights / speed
     plain = timed["verify_1"].best
-    result: dict = dict(
+    result: dict[str, Any] = dict(
         script="bench_decode",
         **here,
         model=args.model or f"{args.shape}, random weights",
@@ -191,22 +184,61 @@ def main() -> None:
     if args.batch == 1:
         llm = LLM(args.model or target, dtype=args.dtype)
         result["host"] = host_share(llm, prompt, 256, max(2, args.repeats // 3))
+    return result
 
-    print(f"{result['model']}, {args.dtype}, batch {args.batch}, prefix 100 of {args.capacity}, {result['device']}")
-    print(f"bandwidth {speed / 1e9:.1f} GB/s, weights {weights / 1e6:.0f} MB, floor {floor * 1e3:.2f} ms")
-    print(f"plain step {plain * 1e3:.2f} ms: {plain / floor:.2f}x the floor, {floor / plain:.0%} of bandwidth")
-    for n in args.nodes[1:]:
-        print(f"verify T={n:<3} {result['verify_ms'][n]:.2f} ms: {result['verify_over_plain'][n]:.2f}x a plain step")
+
+def title(result: dict[str, Any]) -> str:
+    about = f"batch {result['batch']}, prefix {result['prefix']} of {result['capacity']}"
+    return f"{result['model']}, {result['dtype']}, {about}, {result['device']}"
+
+
+def show(result: dict[str, Any]) -> None:
+    speed, weights, over = (result[name] for name in ("bandwidth_GBps", "weights_MB", "plain_over_floor"))
+    print(title(result))
+    print(f"bandwidth {speed:.1f} GB/s, weights {weights:.0f} MB, floor {result['floor_ms']:.2f} ms")
+    print(f"plain step {result['plain_ms']:.2f} ms: {over:.2f}x the floor, {1 / over:.0%} of bandwidth")
+    for n, ms in list(result["verify_ms"].items())[1:]:
+        print(f"verify T={n:<3} {ms:.2f} ms: {result['verify_over_plain'][n]:.2f}x a plain step")
     print(f"draft step  {result['draft_ms']:.2f} ms: {result['draft_over_plain']:.2f}x a plain step")
     switches = ", ".join(f"{name} {ms:.1f}" for name, ms in result["switch_ms"].items())
     print(f"ms to go on under another tree: {switches}")
     if "host" in result:
         share, tokens = result["host"]["host_share"], result["host"]["tokens"]
         print(f"outside the device loop: {share:.2%} of generating {tokens} tokens")
-    if args.out:
-        write_result(args.out, result)
-    print(json.dumps(result))
+
+
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Milliseconds of verifying T nodes, beside one step of the head and the floor."""
+    figure = new_figure(title(result), 9, 4.5)
+    axes = figure.subplots()
+    nodes, ms = [int(n) for n in result["verify_ms"]], list(result["verify_ms"].values())
+    axes.plot(nodes, ms, marker="o", label="forward over T nodes")
+    for n, spent in zip(nodes, ms, strict=True):
+        over = f"{spent / result['plain_ms']:.2f}x"
+        axes.annotate(over, (n, spent), xytext=(-2, 6), textcoords="offset points", ha="right", fontsize=8)
+    axes.axhline(result["floor_ms"], color="black", linestyle="--", label="weights read once")
+    axes.axhline(result["draft_ms"], color="C1", linestyle="--", label="one step of the head")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(nodes, map(str, nodes))
+    axes.set(xlabel="T (1: a plain step)", ylabel="ms (best)", ylim=(0, 1.1 * max(ms)))
+    save_picture(figure, path)
+
+
+def main() -> int:
+    """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="a converted checkpoint; without one, --shape with random weights")
+    parser.add_argument("--shape", default="smollm2-135m", choices=["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; the prefix is 100 long")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
+    args = parser.parse_args()
+    return exit_code(lambda: measure(args), with_picture(show, draw, args.picture), args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,7 +35,16 @@ import jax.numpy as jnp
 import numpy as np
 from common import environment, exit_code, load_questions, pooled, spread, write_result
 from measuring import compiled_before
-from reporting import check_outputs, make_console, new_table, synthetic_note
+from reporting import (
+    check_outputs,
+    grouped_bars,
+    make_console,
+    new_figure,
+    new_table,
+    save_picture,
+    synthetic_note,
+    with_picture,
+)
 from tqdm import tqdm
 
 from jeagle import LLM, RequestMetrics, SamplingParams
@@ -199,6 +208,21 @@ def print_table(run: dict[str, Any], title: str) -> None:
     make_console().print(table)
 
 
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Tokens per second, a group of contenders per batch; who could not take part has no bar."""
+    runs = result["runs"]
+    found: dict[str, list] = {row["name"]: [] for run in runs for row in run["contenders"]}
+    for run in runs:
+        for row in run["contenders"]:
+            found[row["name"]].append(row.get("tokens_per_second"))
+    figure = new_figure(f"{result['title']}\n{result['max_tokens']} tokens, {result['device']}", 10, 4.8)
+    axes = figure.subplots()
+    measured = {name: rates for name, rates in found.items() if any(rates)}
+    grouped_bars(axes, [f"batch {run['batch']}" for run in runs], measured)
+    axes.set(ylabel="tokens/s, prefill included (median, quartiles)")
+    save_picture(figure, path)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", type=Path, help="Hugging Face directory, with a tokenizer")
@@ -216,6 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", nargs="+", default=[sys.executable], metavar="PATH", help="or PEER=PATH")
     parser.add_argument("--lookup", type=int, default=10, help="tokens that prompt lookup drafts; 0: without it")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
     return parser.parse_args()
 
 
@@ -252,7 +277,7 @@ def join(args: argparse.Namespace, longest: int, contenders: list[Contender], wo
 def measure(args: argparse.Namespace, workers: list[Worker]) -> dict[str, Any]:
     if min(args.batch) < 1 or args.repeats < 1 or args.max_tokens < 1 or args.lookup < 0:
         raise ValueError("--batch, --repeats and --max-tokens must be at least 1, --lookup at least 0")
-    check_outputs(args.out, None)
+    check_outputs(args.out, args.picture)
     if not args.model.is_dir():
         raise ValueError(f"{args.model} is not a directory; python -m convert.export_target writes one")
     questions = [q for path in args.prompts for q in load_questions(path, args.limit)]
@@ -292,7 +317,7 @@ def main() -> int:
     args = parse_arguments()
     workers: list[Worker] = []
     try:
-        return exit_code(lambda: measure(args, workers))
+        return exit_code(lambda: measure(args, workers), with_picture(lambda result: None, draw, args.picture))
     finally:
         for worker in workers:
             worker.close()

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import environment, exit_code
-from reporting import check_outputs, make_console, new_table
+from reporting import check_outputs, make_console, new_figure, new_table, save_picture, with_picture
 
 from jeagle.few_rows import apart, eigen
 from jeagle.sizes import size
@@ -86,7 +86,7 @@ def timed(ways: Ways, forward, width: int, weights: Any, repeats: int) -> dict[s
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    check_outputs(args.out, None)
+    check_outputs(args.out, args.picture)
     result = dict(script="bench_products", **environment())
     config = size(args.shape)
     D, F, V, H = config.width, config.mlp_width, config.vocab_size, config.head_dim
@@ -115,14 +115,29 @@ def show(result: dict[str, Any]) -> None:
         console.print(table)
 
 
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Milliseconds over rows, a line per way; the dashed one is the time of one row."""
+    figure = new_figure(f"{result['model']}, {result['layers']} layers, {result['device']}", 11, 4.5)
+    both = (("layers_ms", "products of all layers"), ("tied_head_ms", "tied LM head"))
+    for axes, (field, title) in zip(figure.subplots(1, 2), both, strict=True):
+        for way, ms in result[field].items():
+            axes.plot([int(n) for n in ms], list(ms.values()), marker="o", markersize=4, label=way)
+        axes.axhline(result[field]["ynnpack"]["1"], color="black", linestyle="--", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([n for n in ROWS if n & (n - 1) == 0], [str(n) for n in ROWS if n & (n - 1) == 0])
+        axes.set(title=title, xlabel="rows", ylabel="ms (median)", ylim=(0, None))
+    save_picture(figure, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="smollm2-135m", help="a name of jeagle.sizes (%(default)s)")
     parser.add_argument("--layers", type=int, help="so many of its layers (all)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args()
-    return exit_code(lambda: measure(args), show, args.out)
+    return exit_code(lambda: measure(args), with_picture(show, draw, args.picture), args.out)
 
 
 if __name__ == "__main__":

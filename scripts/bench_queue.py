@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import environment, exit_code, load_questions, pooled, spread
 from measuring import compiled_before
-from reporting import check_outputs, make_console, new_table
+from reporting import check_outputs, grouped_bars, make_console, new_figure, new_table, save_picture, with_picture
 
 from jeagle import LLM, RequestOutput, SamplingParams
 from jeagle.decode import DecodeState, Program
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--lengths must be two numbers, the smaller first, got {args.lengths}")
     if min(args.places) < 1 or args.repeats < 1:
         raise ValueError("--places and --repeats must be at least 1")
-    check_outputs(args.out, None)
+    check_outputs(args.out, args.picture)
     here = environment()
     about = dict(model=args.model, draft=args.draft, tree=args.tree if args.draft else None, dtype=args.dtype)
     about |= dict(prompts=list(map(str, args.prompts)), lengths=args.lengths, temperature=args.temperature)
@@ -121,6 +121,22 @@ def print_table(result: dict[str, Any]) -> None:
     make_console().print(table)
 
 
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Tokens per second and rounds, a group of both ways per number of places."""
+    runs, (low, high) = result["runs"], result["lengths"]
+    about = f"{runs[0]['requests']} requests of {low} to {high} tokens"
+    figure = new_figure(f"{result['model']}, {result['dtype']}, {about}, {result['device']}", 10, 4.5)
+    places = [f"{run['places']} places" for run in runs]
+    both = (
+        ("tokens_per_second", "tokens/s, prefill included (median, quartiles)"),
+        ("rounds", "rounds of all batches"),
+    )
+    for axes, (field, label) in zip(figure.subplots(1, 2), both, strict=True):
+        grouped_bars(axes, places, {way: [run[field][way] for run in runs] for way in WAYS})
+        axes.set(ylabel=label)
+    save_picture(figure, path)
+
+
 def main() -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -136,8 +152,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args()
-    return exit_code(lambda: measure(args), print_table, args.out)
+    return exit_code(lambda: measure(args), with_picture(print_table, draw, args.picture), args.out)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.repeats < 1:
         raise ValueError("--repeats must be at least 1")
-    check_outputs(args.out, None)
+    check_outputs(args.out, args.picture)
     here = environment()
     options = dict(model=args.model, draft=args.draft, tree=args.tree, dtype=args.dtype, prompt=args.prompt)
     options |= dict(max_tokens=args.max_tokens)
@@ -95,16 +95,43 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result | dict(seconds=spread([sum(run.values()) for run in runs]), phases=phases)
 
 
+def rows(result: dict[str, Any]) -> dict[str, tuple[dict[str, float], float]]:
+    """Seconds of every phase, and of all, with each kind of cache."""
+    medians = {name: found["median"] for name, found in result["phases"].items()}
+    warm = {"warm, median": (medians, result["seconds"]["median"])}
+    cold = result["cold"]
+    return warm if cold is None else {"cold": (cold, sum(cold.values()))} | warm
+
+
 def print_table(result: dict[str, Any]) -> None:
     from reporting import make_console, new_table
 
     table = new_table("cache", *PHASES, "first word after", title=f"{result['model']}, seconds", right=PHASES)
-    medians = {name: found["median"] for name, found in result["phases"].items()}
-    for name, run in (("cold", result["cold"]), ("warm, median", medians)):
-        if run is not None:
-            total = sum(run.values()) if name == "cold" else result["seconds"]["median"]
-            table.add_row(name, *(f"{run[phase]:.2f}" for phase in PHASES), f"{total:.2f}")
+    for name, (run, total) in rows(result).items():
+        table.add_row(name, *(f"{run[phase]:.2f}" for phase in PHASES), f"{total:.2f}")
     make_console().print(table)
+
+
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """A bar per kind of cache, of its phases end to end."""
+    from reporting import new_figure
+
+    found = rows(result)
+    figure = new_figure(f"{result['model']}, {result['device']}", 9, 1.8 + 0.7 * len(found))
+    axes = figure.subplots()
+    for at, (run, total) in enumerate(found.values()):
+        left = 0.0
+        for i, (phase, seconds) in enumerate(run.items()):
+            bar = axes.barh(at, seconds, 0.6, left=left, color=f"C{i}", label=phase if at == 0 else None)
+            if seconds > 0.04 * max(whole for _, whole in found.values()):
+                axes.bar_label(bar, fmt="%.2f", label_type="center", fontsize=8)
+            left += seconds
+        axes.annotate(f"{total:.2f} s", (left, at), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(xlabel="seconds until the first word", ylim=(len(found) - 0.5, -0.5))
+    axes.margins(x=0.1)
+    figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> int:
@@ -119,6 +146,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="also once with an empty cache of compiled programs")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw it")
     parser.add_argument("--first-piece", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.first_piece:
@@ -127,8 +155,9 @@ def main() -> int:
     if args.model is None:
         parser.error("a model is needed")
     from common import exit_code
+    from reporting import with_picture
 
-    return exit_code(lambda: measure(args), print_table, args.out)
+    return exit_code(lambda: measure(args), with_picture(print_table, draw, args.picture), args.out)
 
 
 if __name__ == "__main__":

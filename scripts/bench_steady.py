@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import environment, exit_code, pooled, spread, tokens_per_second
 from measuring import compiled_before, host_share, memory_now
-from reporting import check_outputs, make_console, new_table
+from reporting import check_outputs, grouped_bars, make_console, new_figure, new_table, save_picture, with_picture
 from tqdm import tqdm
 
 from jeagle import LLM, SamplingParams
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--short must be at least 1 and less than --long, got {args.short} and {args.long}")
     if args.requests < 4 or args.repeats < 1:
         raise ValueError("--requests must be at least 4 and --repeats at least 1")
-    check_outputs(args.out, None)
+    check_outputs(args.out, args.picture)
     here = environment()
     llm = LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_batch_size=1)
     prompt = read_prompt(llm, args.prompt)
@@ -126,6 +126,22 @@ def print_table(result: dict[str, Any]) -> None:
     make_console().print(table)
 
 
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Left: memory over the requests. Right: decode tokens per second of short and long answers."""
+    runs = result["runs"]
+    figure = new_figure(f"{result['model']}, {result['dtype']}, batch 1, {result['device']}", 11, 4.5)
+    memory, speed = figure.subplots(1, 2)
+    for name, run in runs.items():
+        held = run["memory"]["held_MB"]
+        memory.plot(range(1, len(held) + 1), held, label=name)
+    memory.set(xlabel="requests served", ylabel="MB held", ylim=(0, None))
+    lengths = dict.fromkeys(n for run in runs.values() for n in run["length"]["tokens_per_second"])
+    rates = {f"{n} tokens": [run["length"]["tokens_per_second"][n] for run in runs.values()] for n in lengths}
+    grouped_bars(speed, list(runs), rates)
+    speed.set(ylabel="decode tokens/s (median, quartiles)")
+    save_picture(figure, path)
+
+
 def main() -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -140,8 +156,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200, help="after which memory is to be what it was")
     parser.add_argument("--request-tokens", type=int, default=16, help="tokens that each of them asks for")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
     args = parser.parse_args()
-    return exit_code(lambda: measure(args), print_table, args.out)
+    return exit_code(lambda: measure(args), with_picture(print_table, draw, args.picture), args.out)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def steps(result: Result) -> Iterator[tuple[str, str]]:
     yield f"verifying T = {nodes} nodes, relative to a plain step", f"{ratios} (wanted 1.6 at T = 4)"
     draft = f"{result['draft_ms']:.1f} ms, {result['draft_over_plain']:.2f} of a plain step"
     yield "one step of an EAGLE-3 head with the target's full vocabulary", draft
+    if switches := result.get("switch_ms"):
+        yield "going on under another tree", ", ".join(f"{name} {ms:.1f} ms" for name, ms in switches.items())
     if host := result.get("host"):
         share = f"{host['host_share']:.2%} of the time"
         yield f"outside the device loop, generating {host['tokens']} tokens", share

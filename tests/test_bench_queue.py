@@ -28,11 +28,11 @@ def given(tmp_path_factory) -> list[str]:
 
 
 def test_turns_and_batches(given, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "queue.json"
-    monkeypatch.setattr(
-        sys, "argv", ["bench_queue.py", *given, "--places", "1", "3", "--lengths", "2", "20", "--out", str(out)]
-    )
-    assert bench_queue.main() == 0
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "queue.json", tmp_path / "queue.png"
+    options = ["--places", "1", "3", "--lengths", "2", "20", "--out", str(out), "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["bench_queue.py", *given, *options])
+    assert bench_queue.main() == 0 and picture.read_bytes().startswith(b"\x89PNG")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(out.read_text()) and result["script"] == "bench_queue"
     alone, three = result["runs"]
