@@ -41,7 +41,8 @@ __all__ = [
     "save_costs",
 ]
 
-LAUNCHES, ROUNDS = 5, 8  # that each program is timed over, after one more launch
+LAUNCHES, ROUNDS = 5, 8  # that each program is timed over, after one more launch of one round
+ENOUGH = 0.25  # seconds of a launch: where rounds take long, fewer tell as much
 
 
 @dataclass(frozen=True, order=True)
@@ -106,7 +107,7 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
     The programs are those that serve. Rows hold random tokens, and zeros for a context of half the capacity: what a
     round costs does not depend on what it says (of routed experts, random tokens ask for more than a text would).
     """
-    programs = [dataclasses.replace(program, plan=plan) for plan in plans]
+    programs = {plan: dataclasses.replace(program, plan=plan) for plan in plans}
     off = dataclasses.replace(program, plan=OFF)
     B, context = setting.batch, setting.capacity // 2
     rng = np.random.default_rng(0)
@@ -119,22 +120,25 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
     )
     state = decoder.first_state(decoder.empty_caches(B, off, setting.capacity), batch, off, setting.capacity)
     state = dataclasses.replace(state, lookup_B=decoder.put(np.zeros(B, bool)))
-    spent: dict[StaticTree, list[float]] = {p.plan: [] for p in programs if isinstance(p.plan, StaticTree)}
-    for launch in range(LAUNCHES + 1):
-        for each in programs:
+    spent: dict[StaticTree, list[float]] = {plan: [] for plan in programs}
+    rounds = dict.fromkeys(spent, 1)
+    for launch in range(-2, LAUNCHES):  # the first one compiles, the second says how many rounds are enough
+        for plan, each in programs.items():
             state = decoder.switch(state, off, each)
             if state.draft is not None:
                 seen = dataclasses.replace(state.draft, start_B=decoder.put(np.zeros(B, np.int32)))
                 state = dataclasses.replace(state, draft=seen)
             length_B, none_B = decoder.put(np.full(B, context, np.int32)), decoder.put(np.zeros(B, np.int32))
             state = jax.block_until_ready(dataclasses.replace(state, length_B=length_B, num_output_B=none_B))
-            rounds = max(1, min(ROUNDS, (setting.capacity - context) // each.num_path))
             began = time.perf_counter()
-            state = jax.block_until_ready(decoder.launch(state, each, rounds))
-            if launch and isinstance(each.plan, StaticTree):  # the first one warms up
-                spent[each.plan].append((time.perf_counter() - began) / rounds)
+            state = jax.block_until_ready(decoder.launch(state, each, rounds[plan]))
+            spent[plan].append((time.perf_counter() - began) / rounds[plan])
             state = decoder.switch(state, each, off)
-    return {plan: float(np.median(seconds)) for plan, seconds in spent.items()}
+        if launch == -1:
+            for plan, seconds in zip(rounds, agreed([found[-1] for found in spent.values()])):
+                most = min(ROUNDS, (setting.capacity - context) // (plan.max_depth + 1))
+                rounds[plan] = max(1, min(most, int(ENOUGH / seconds)))
+    return {plan: float(np.median(seconds[-LAUNCHES:])) for plan, seconds in spent.items()}
 
 
 def modelled_costs(job: Job, plans: Iterable[StaticTree], batches: Iterable[int]) -> CostTable:

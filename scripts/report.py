@@ -68,7 +68,8 @@ def acceptance(result: Result) -> Iterator[tuple[str, str]]:
     """Of eval_acceptance.py; with --speed what it makes of the time."""
     for run in result["runs"]:
         whole = run["whole"]
-        what = f"{Path(run['prompts']).stem}, temperature {run['temperature']:g}, {run['tree']}: tokens per call"
+        asked = f"{Path(run['prompts']).stem}, {whole['answers']} answers, temperature {run['temperature']:g}"
+        what = f"{asked}, {run['tree']}: tokens per call"
         found = f"{whole['tokens_per_call']:.2f}"
         if lookups := sum(whole.get("lookup_histogram", [])):
             found += f", {lookups / whole['rounds']:.0%} of the rounds looked up"
