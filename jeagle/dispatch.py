@@ -97,7 +97,7 @@ class Dispatch:
         if given is None:
             given = CANDIDATES
             if self.trees is not None:
-                given = (*self.trees.greedy.best.values(), *self.trees.sampled.best.values())
+                given = (*self.trees.greedy.candidates, *self.trees.sampled.candidates)
         parsed = [plan for plan in map(parse_tree, given) if isinstance(plan, StaticTree)]
         return tuple(dict.fromkeys([OFF, *parsed]))
 

@@ -2,7 +2,7 @@
 and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
 
     {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "lookup_share": 0.3, "lookup_rate": [0.7, 0.8],
-     "spread": 0.25, "best": {"1": "bush-8+lookup", "8": "chain-1"}, ..,
+     "spread": 0.25, "best": {"1": "bush-8+lookup", "8": "off"}, "candidates": ["bush-8+lookup", "chain-1"], ..,
      "sampled": {"rate": .., "best": .., ..}}                  of sampled requests; without it, the same for both
 """
 
@@ -27,7 +27,8 @@ NAME = "trees.json"
 
 class Searched(NamedTuple):
     rates: Rates
-    best: dict[int, StaticTree]  # the fastest tree by batch size, plain decoding among them
+    best: dict[int, StaticTree]  # what to draft by batch size where nothing more is known; off for plain decoding
+    candidates: tuple[StaticTree, ...]  # the fastest that draft, to choose between
 
     @classmethod
     def read(cls, found: Any) -> Searched:
@@ -36,6 +37,7 @@ class Searched(NamedTuple):
         spread = float(found.get("spread", SPREAD))
         parsed = {int(batch): parse_tree(tree) for batch, tree in found["best"].items()}
         best = {batch: tree for batch, tree in parsed.items() if isinstance(tree, StaticTree)}
+        candidates = tuple(map(parse_tree, found.get("candidates", list(found["best"].values()))))
         inside = all(((x >= 0) & (x <= 1)).all() for x in (rate_DC, rate_D, np.array(share)))
         if not 0 <= spread < math.inf:
             raise ValueError(f"spread must be 0 or more, not {spread}")
@@ -43,7 +45,10 @@ class Searched(NamedTuple):
             raise ValueError("rates must be rows of numbers in 0..1")
         if not best or len(best) < len(parsed):
             raise ValueError("best must name a static tree for a batch size at least")
-        return cls(Rates(rate_DC, share, rate_D, spread), best)
+        static = tuple(tree for tree in candidates if isinstance(tree, StaticTree))
+        if len(static) < len(candidates):
+            raise ValueError("candidates must be static trees")
+        return cls(Rates(rate_DC, share, rate_D, spread), best, static)
 
 
 @dataclass(frozen=True)

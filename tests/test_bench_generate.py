@@ -69,6 +69,7 @@ def test_search_tree(run, files, tmp_path, monkeypatch):
     for found, sampled in ((result, False), (result["sampled"], True)):
         assert found["rate"][0][0] > 0.7 and found["temperature"] == sampled
         assert {row["tree"] for row in found["trees"]["1"]} == {"off", "chain-2+lookup"}
+        assert found["candidates"] == ["chain-2+lookup"]
         assert [row["sampled"] for row in found["rounds"]] == [sampled] and "lookup-2" in found["rounds"][0]["seconds"]
     (tmp_path / "result.json").rename(tmp_path / "trees.json")
     table = TreeTable.of_head(tmp_path)
