@@ -45,8 +45,6 @@ __all__ = ["Trainer", "TrainingError", "make_optimizer"]
 
 # What may differ when a run goes on: how long it is and how often it looks up. The schedule follows the new length.
 RESUMABLE = ("steps", "save_every", "evaluate_every", "keep")
-# What run.json said of fields of [head] that were left out, before they were None.
-FORMERLY = {"num_layers": 1, "tap_norm": "none", "norm_before_residual": False}
 
 
 class TrainingError(RuntimeError):
@@ -180,8 +178,7 @@ class Trainer:
         return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
 
     def _agree(self, identity: dict[str, Any]) -> None:
-        """Refuse to go on with a directory that another run made. What its run.json says nothing of, as it was begun
-        before that was noted, is not compared."""
+        """Refuse to go on with a directory that another run made."""
         path = self.directory / "run.json"
         text = json.dumps(identity, indent=1) + "\n"
         if path.exists():
@@ -189,9 +186,7 @@ class Trainer:
             for run in (old, new):
                 for name in RESUMABLE:
                     run["recipe"]["run"].pop(name, None)
-                head = run["recipe"]["head"]
-                run["recipe"]["head"] = {k: v for k, v in head.items() if v not in (None, FORMERLY.get(k))}
-            difference = _difference(old, {name: value for name, value in new.items() if name in old})
+            difference = _difference(old, new)
             if difference:
                 why = ""
                 if difference == "draft_vocabulary":
