@@ -43,7 +43,7 @@ from common import environment, exit_code, load_questions, spread, write_result
 from engines import PLAIN, Engine, figures
 from flax import nnx
 from measuring import bandwidth, head_bytes, load_pair, make_batch, random_head, target_bytes
-from reporting import check_outputs, make_console, new_figure, new_table, synthetic_note
+from reporting import check_outputs, make_console, new_figure, new_table, save_picture, synthetic_note
 from rich.table import Table
 from tqdm import tqdm
 
@@ -134,11 +134,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     labels = [f"{run['tree']}, {run['batch']}" for run in ordered]
     phases.set_xticks(range(len(ordered)), labels, rotation=90, fontsize=6)
     phases.set(ylabel="ms per emitted token, all rows together", xlabel="tree, batch")
-    for axes in (speed, kept, phases):
-        axes.grid(alpha=0.3, axis="y")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path)
 
 
 def parse_arguments() -> argparse.Namespace:
