@@ -246,12 +246,15 @@ def _orbax_metadata(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _make_locked_sibling(destination: Path) -> tuple[Path, int]:
+    # Until it is locked, another writer may take it for a dead one's and remove it; then the next name is tried.
     while True:
         directory = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(4)}")
-        directory.mkdir()
-        lock = os.open(directory, os.O_RDONLY)
+        directory.mkdir(parents=True)  # a failed writer removes the parents that it made
+        try:
+            lock = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Between mkdir and flock a cleaner may have taken it for a dead one's; then it is gone, and the next is tried.
         if directory.exists():
             return directory, lock
         os.close(lock)

@@ -191,6 +191,22 @@ def test_stale_siblings_go_and_living_ones_stay(llama, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+def test_a_sibling_removed_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    make, removed = Path.mkdir, []
+
+    def raced(directory, *args, **kwargs):
+        make(directory, *args, **kwargs)
+        if directory.name.startswith(".c.tmp-") and not removed:
+            removed.append(directory)
+            checkpoint_writer._remove_stale(tmp_path / "c")
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    with CheckpointWriter(tmp_path / "c") as writer:
+        writer.add("a", np.zeros(3, np.float32))
+        writer.finish(LLAMA, {"dtype": "float32"})
+    assert removed and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 def test_too_large_for_the_disk_is_said_at_once(tmp_path):
     with pytest.raises(CheckpointError, match="make room"), CheckpointWriter(tmp_path / "c", expected_bytes=1 << 60):
         pass
