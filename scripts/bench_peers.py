@@ -12,7 +12,9 @@ them once on the same prompts, after one run that does not count. Seconds are of
     tokens/s      median over the repeats, and quartiles
     jeagle / it   jeagle's tokens/s over the peer's in the same repeat: median, quartiles, least; also speculatively
     equal         share of the tokens that stand where jeagle's plain text has the same
-    a call        of jeagle: tokens per target forward, of all repeats; the JSON has the trees that served the rounds
+    a call        tokens per target forward, of all repeats, where drafts are counted; the JSON has jeagle's trees
+
+--vllm-head is the head for a second vLLM, as ``python -m convert.export`` writes it: the same drafts in another engine.
 
 A peer that is not installed stands in the table and in the JSON as "not installed". transformers' prompt lookup decodes
 one prompt at a time. The last line is one JSON object.
@@ -52,6 +54,7 @@ from jeagle.verify import constant_profile
 
 PEERS = {"transformers": "hf.py", "llama.cpp": "llama_cpp_engine.py", "vllm": "vllm_engine.py"}
 LOOKUP = "transformers, prompt lookup"
+VLLM_HEAD = "vllm, EAGLE-3"
 JEAGLE, SPECULATIVE = "jeagle", "jeagle, speculative"
 PAUSE = 0.2  # seconds between contenders: threads of the last one may still spin
 Ids = list[list[int]]
@@ -61,6 +64,7 @@ class Turn(NamedTuple):
     ids: Ids
     seconds: float
     metrics: Sequence[RequestMetrics] = ()  # of jeagle's requests
+    rounds: int | None = None  # of a peer that drafts with a head, summed over rows
 
 
 class Missing(Exception):
@@ -113,9 +117,10 @@ class Contender:
         self.rates: list[float] = []
         self.texts: list[Ids] = []
         self.metrics: list[RequestMetrics] = []
+        self.rounds: list[int] = []
 
     def reset(self, rows: int) -> None:
-        self.rates, self.texts, self.metrics = [], [], []
+        self.rates, self.texts, self.metrics, self.rounds = [], [], [], []
         if not self.status.startswith(("not installed", "failed")):
             few = self.most_rows is None or rows <= self.most_rows
             self.status = "measured" if few else f"takes {self.most_rows} prompt at a time"
@@ -133,6 +138,15 @@ class Contender:
             self.texts.append(turn.ids)
             self.rates.append(sum(map(len, turn.ids)) / turn.seconds)
             self.metrics += turn.metrics
+            self.rounds += [] if turn.rounds is None else [turn.rounds]
+
+    @property
+    def tokens_per_call(self) -> float | None:
+        """Of jeagle every token comes of a counted round; a peer's first ones come of its prompts' forwards."""
+        if self.metrics:
+            return pooled(self.metrics).tokens_per_call
+        emitted = sum(len(ids) - 1 for turn in self.texts for ids in turn)
+        return emitted / sum(self.rounds) if self.rounds else None
 
 
 def ours(llm: LLM, max_tokens: int, speculative: bool) -> Callable[[Ids], Turn]:
@@ -155,7 +169,7 @@ def theirs(worker: Worker, max_tokens: int, lookup: int) -> Callable[[Ids], Turn
         answer = worker.ask(do="generate", prompts=prompts, max_tokens=max_tokens, lookup=lookup)
         if short := [len(ids) for ids in answer["ids"] if len(ids) != max_tokens]:
             raise Missing(f"failed: emitted {short[0]} tokens, not {max_tokens}")
-        return Turn(answer["ids"], answer["seconds"])
+        return Turn(answer["ids"], answer["seconds"], rounds=answer["rounds"])
 
     return run
 
@@ -177,9 +191,10 @@ def summarize(contenders: Sequence[Contender], batch: int) -> dict[str, Any]:
         row: dict[str, Any] = dict(name=c.name, status=c.status)
         if c.status == "measured":
             row |= dict(tokens_per_second=spread(c.rates), equal_tokens=equal_share(c.texts, by_name[JEAGLE].texts))
+            if c.tokens_per_call is not None:
+                row |= dict(tokens_per_call=c.tokens_per_call)
             if c.metrics:
-                total = pooled(c.metrics)
-                row |= dict(tokens_per_call=total.tokens_per_call, rounds_by_tree=total.rounds_by_tree)
+                row |= dict(rounds_by_tree=pooled(c.metrics).rounds_by_tree)
             for field, name in (("jeagle_over_it", JEAGLE), ("speculative_over_it", SPECULATIVE)):
                 if name in by_name:
                     row[field] = spread([a / b for a, b in zip(by_name[name].rates, c.rates, strict=True)])
@@ -239,6 +254,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--peer-python", nargs="+", default=[sys.executable], metavar="PATH", help="or PEER=PATH")
     parser.add_argument("--lookup", type=int, default=10, help="tokens that prompt lookup drafts; 0: without it")
+    parser.add_argument("--vllm-head", type=Path, metavar="DIR", help="exported EAGLE-3 head, for a second vLLM")
+    parser.add_argument("--vllm-drafts", type=int, default=3, metavar="N", help="tokens that it drafts")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw them")
     return parser.parse_args()
@@ -254,8 +271,11 @@ def pythons(given: Sequence[str]) -> dict[str, str]:
 def join(args: argparse.Namespace, longest: int, contenders: list[Contender], workers: list[Worker]) -> dict[str, Any]:
     """Start every peer; those that cannot run stay in the table with the reason. Returns versions."""
     versions = {}
-    for peer in args.peers:
-        entrants = [Contender(peer, lambda _: Turn([], 1.0))]
+    entries = [(peer, peer, None) for peer in args.peers]
+    if args.vllm_head:
+        entries.append((VLLM_HEAD, "vllm", str(args.vllm_head)))
+    for name, peer, head in entries:
+        entrants = [Contender(name, lambda _: Turn([], 1.0))]
         if peer == "transformers" and args.lookup:
             entrants.append(Contender(LOOKUP, lambda _: Turn([], 1.0), most_rows=1))
         contenders += entrants
@@ -263,8 +283,9 @@ def join(args: argparse.Namespace, longest: int, contenders: list[Contender], wo
             worker = Worker(pythons(args.peer_python)[peer], Path(__file__).parent / "peers" / PEERS[peer])
             workers.append(worker)
             request = dict(do="load", model=str(args.model), gguf=args.gguf and str(args.gguf), dtype=args.dtype)
+            request |= dict(head=head, drafts=args.vllm_drafts)
             size = dict(positions=longest + args.max_tokens, batch=max(args.batch), threads=os.cpu_count())
-            versions[peer] = worker.ask(**request, **size)["versions"]
+            versions[name] = worker.ask(**request, **size)["versions"]
         except (Missing, OSError) as why:
             for entrant in entrants:
                 entrant.status = str(why) if isinstance(why, Missing) else f"failed: {why}"
@@ -280,6 +301,8 @@ def measure(args: argparse.Namespace, workers: list[Worker]) -> dict[str, Any]:
     check_outputs(args.out, args.picture)
     if not args.model.is_dir():
         raise ValueError(f"{args.model} is not a directory; python -m convert.export_target writes one")
+    if args.vllm_head and not args.vllm_head.is_dir():
+        raise ValueError(f"{args.vllm_head} is not a directory; python -m convert.export writes one")
     questions = [q for path in args.prompts for q in load_questions(path, args.limit)]
     profile = None if args.synthetic_acceptance is None else constant_profile(args.synthetic_acceptance)
     here = environment()

@@ -117,9 +117,11 @@ def peers(result: Result) -> Iterator[tuple[str, str]]:
 
 def served_by(row: Result) -> str:
     """Tokens per call and the trees of at least 10% of the rounds, where a contender counted them."""
+    if "tokens_per_call" not in row:
+        return ""
     rounds = row.get("rounds_by_tree")
     if not rounds:
-        return ""
+        return f", {row['tokens_per_call']:.2f} tokens per call"
     if set(rounds) == {"off"}:
         return ", decoding plainly"
     often = [f"`{tree}`" for tree, n in rounds.items() if n >= 0.1 * sum(rounds.values())]

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import bench_peers
 
-# Says 7, 7, 7 .. whatever is asked; refuses to look up; "gone" is a package that is not there.
+# Says 7, 7, 7 .. whatever is asked, with a head in 4 rounds; refuses to look up; "gone" is a package that is not there.
 FAKE = """
 import sys
 sys.path.insert(0, {protocol!r})
@@ -36,7 +36,7 @@ def load(request):
     def generate(prompts, max_tokens, lookup):
         if lookup:
             raise ValueError("cannot look up\\nat all")
-        return [[7] * max_tokens for _ in prompts]
+        return [[7] * max_tokens for _ in prompts], 4 if request["head"] else None
     return generate, {{"fake": "1.0", "rows": request["batch"]}}
 
 serve(load)
@@ -107,6 +107,14 @@ def test_turns_ratios_and_what_is_missing(files, monkeypatch, capsys):
         assert "rounds_by_tree" not in rows["transformers"]
 
 
+def test_an_engine_that_drafts_with_the_same_head(files, monkeypatch, capsys):
+    monkeypatch.setitem(bench_peers.PEERS, "vllm", str(files["fake"]))
+    result = run(files, monkeypatch, capsys, "--peers", "vllm", "--vllm-head", str(files["head"]))
+    rows = {row["name"]: row for row in result["runs"][0]["contenders"]}
+    assert "tokens_per_call" not in rows["vllm"]
+    assert rows[bench_peers.VLLM_HEAD]["tokens_per_call"] == 5 / 4  # the first of 6 tokens is the prompt's
+
+
 def test_a_package_that_is_missing_and_a_process_that_dies(files, tmp_path):
     worker = bench_peers.Worker(sys.executable, files["fake"])
     with pytest.raises(bench_peers.Missing, match="not installed: gone"):
@@ -138,6 +146,7 @@ def test_interpreters_and_equal_tokens():
 def test_refused(files, monkeypatch, capsys):
     for changed, message in (
         (["nowhere", "--prompts", str(files["prompts"])], "nowhere is not a directory"),
+        ([str(files["hf"]), "--prompts", "x", "--vllm-head", "none"], "none is not a directory; python -m convert.export"),
         ([str(files["hf"]), "--prompts", "none.jsonl"], "none.jsonl does not exist"),
         ([str(files["hf"]), "--prompts", str(files["prompts"]), "--repeats", "0"], "must be at least 1"),
     ):

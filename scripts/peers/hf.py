@@ -32,7 +32,7 @@ def load(request):
                 pad_token_id=0,
                 **options,
             )
-        return out[:, width:].tolist()
+        return out[:, width:].tolist(), None
 
     return generate, versions
 

@@ -65,7 +65,7 @@ def load(request):
             best = run([(t, len(p) + step - 1, s, True) for s, (t, p) in enumerate(zip(best, prompts))])
             for answer, token in zip(ids, best):
                 answer.append(token)
-        return ids
+        return ids, None
 
     return generate, {"llama_cpp": llama_cpp.__version__}
 
