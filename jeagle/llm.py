@@ -300,7 +300,7 @@ class LLM:
         return self._stream(row, self.tokenizer, speculative)
 
     def _stream(self, row: Row, tokenizer, speculative: bool) -> Iterator[str]:
-        text = Detokenizer(tokenizer, row.params.stop)
+        text = Detokenizer(tokenizer, row.params.stop, row.prompt)
         with explained():
             course = self._course([row], speculative)
             course.seat(make_batch({0: row}, course.bucket), np.arange(1))
@@ -361,7 +361,7 @@ class LLM:
             bar.set_postfix_str(f"{rate:.1f} tok/s, {all_tokens / max(1, all_rounds):.2f} tok/call")
 
         def detokenizer(row: Row) -> Detokenizer | None:
-            return Detokenizer(self.tokenizer, row.params.stop) if row.params.stop else None
+            return Detokenizer(self.tokenizer, row.params.stop, row.prompt) if row.params.stop else None
 
         places = min(course.bucket.batch, self._max_batch_size)
         for finished in serve(course, queue, places, self._rounds_per_launch, detokenizer, watch):

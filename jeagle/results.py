@@ -14,8 +14,8 @@ from jeagle.text import Detokenizer, Tokenizer
 __all__ = ["request_output", "summed"]
 
 
-def decode_all(tokenizer, token_ids: list[int]) -> str:
-    text = Detokenizer(tokenizer)
+def decode_all(tokenizer, prompt_ids: list[int], token_ids: list[int]) -> str:
+    text = Detokenizer(tokenizer, prompt_ids=prompt_ids)
     text.push(token_ids)
     text.finish()
     return text.text
@@ -40,7 +40,7 @@ def request_output(
     for f in finished:
         text = f.text
         if text is None:
-            text = "" if tokenizer is None else decode_all(tokenizer, f.token_ids)
+            text = "" if tokenizer is None else decode_all(tokenizer, prompt_ids, f.token_ids)
         completions.append(
             CompletionOutput(f.row.sample, text, f.token_ids, f.finish_reason, f.stop_reason, f.logprobs)
         )

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 __all__ = ["Detokenizer", "Tokenizer", "encode", "encode_chat", "load_tokenizer", "vocabulary_hash"]
 
+CONTEXT = 6  # ids of a prompt that its answer's first ones are decoded with
+
 
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that jeagle uses."""
@@ -25,12 +27,17 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The transformers tokenizer in ``directory``. Code that a checkpoint brings along is never run."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it misses PyTorch, aloud
-    from transformers import AutoTokenizer  # seconds to import, and token-id users never need it
+    """The transformers tokenizer in ``directory``. Code that a checkpoint brings along is never run.
 
+    tokenizer.json is taken as it stands: of the class that tokenizer_config.json names, transformers would rebuild the
+    pre-tokenizer, which loses every space where byte-level checkpoints say LlamaTokenizer (DeepSeek-R1-Distill-Llama).
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it misses PyTorch, aloud
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import; token-id users never need it
+
+    tokenizer = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(
+        return tokenizer.from_pretrained(
             directory,
             local_files_only=True,
             trust_remote_code=False,
@@ -83,18 +90,29 @@ class Detokenizer:
     Text is released when it can no longer change: a token that ends inside a UTF-8 character waits for the rest, and an
     ending that may be the start of a stop string waits until it is not. ``finish_reason`` turns "stop" at a stop
     string; the text then ends exactly before it, and later ids are ignored.
+
+    prompt_ids: what the ids follow, of which a few are context: prompt and text joined are one text. Without them
+    SentencePiece leaves out the first space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._stop = stop
         self._text = ""  # all decided characters
         self._released = 0
         # ids[begin:read] are decoded already; they stay as left context, as some tokenizers decode a token differently
         # at the start of a text.
-        self._begin = self._read = 0
-        self.token_ids: list[int] = []
+        self._ids = [int(i) for i in prompt_ids[-CONTEXT:]]
+        if tokenizer.decode(self._ids, skip_special_tokens=True).endswith("\ufffd"):
+            self._ids = []  # of a prompt that ends inside a character no text stays as it is
+        self._begin, self._read = 0, len(self._ids)
+        self._num_context = len(self._ids)
         self.stop_reason: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All that were pushed, up to the one that ended a stop string."""
+        return self._ids[self._num_context :]
 
     @property
     def text(self) -> str:
@@ -107,7 +125,7 @@ class Detokenizer:
         for token in token_ids:
             if self.stop_reason is not None:
                 break
-            self.token_ids.append(token)
+            self._ids.append(token)
             self._decode(final=False)
         if self.stop_reason is None:
             self._released = max(before, len(self._text) - self._held())
@@ -122,8 +140,8 @@ class Detokenizer:
         return self._text[before:]
 
     def _decode(self, *, final: bool) -> None:
-        context = self._tokenizer.decode(self.token_ids[self._begin : self._read], skip_special_tokens=True)
-        new = self._tokenizer.decode(self.token_ids[self._begin :], skip_special_tokens=True)[len(context) :]
+        context = self._tokenizer.decode(self._ids[self._begin : self._read], skip_special_tokens=True)
+        new = self._tokenizer.decode(self._ids[self._begin :], skip_special_tokens=True)[len(context) :]
         if new.endswith("\ufffd"):  # the replacement character: inside a multi-byte character
             if not final:
                 return
@@ -132,7 +150,7 @@ class Detokenizer:
         self._text += new
         if new:  # a token without text, such as EOS, is no left context
             self._begin = self._read
-        self._read = len(self.token_ids)
+        self._read = len(self._ids)
         self._find_stop(start)
 
     def _find_stop(self, start: int) -> None:

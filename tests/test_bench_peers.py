@@ -146,7 +146,7 @@ def test_interpreters_and_equal_tokens():
 def test_refused(files, monkeypatch, capsys):
     for changed, message in (
         (["nowhere", "--prompts", str(files["prompts"])], "nowhere is not a directory"),
-        ([str(files["hf"]), "--prompts", "x", "--vllm-head", "none"], "none is not a directory; python -m convert.export"),
+        ([str(files["hf"]), "--prompts", "x", "--vllm-head", "none"], "none is not a directory"),
         ([str(files["hf"]), "--prompts", "none.jsonl"], "none.jsonl does not exist"),
         ([str(files["hf"]), "--prompts", str(files["prompts"]), "--repeats", "0"], "must be at least 1"),
     ):

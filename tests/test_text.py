@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
+import tiny_tokenizer
 from hypothesis import example, given
 
-from jeagle.text import Detokenizer
+from jeagle.text import Detokenizer, encode, load_tokenizer
 
 REPLACEMENT = "\ufffd"
 
@@ -90,6 +92,21 @@ def test_spaces_before_words_survive_the_start_of_a_window():
     pieces, _ = stream(WordTokenizer(), one_by_one(tokens))
     assert pieces[:4] == ["Hello", " big", " world", "s"]
     assert "".join(pieces) == WordTokenizer().decode(tokens)
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+def test_prompt_and_text_joined_are_one_text(length):
+    """SentencePiece leaves a text's first space out: not the answer's, which follows a prompt."""
+    prompt = [0, 1, 3] * length
+    detokenizer = Detokenizer(WordTokenizer(), ("!",), prompt)
+    assert [detokenizer.push([token]) for token in (2, 3, 4)] == [" world", "s", ""]
+    assert detokenizer.token_ids == [2, 3, 4]
+    assert WordTokenizer().decode(prompt) + detokenizer.text == WordTokenizer().decode([*prompt, 2, 3])
+
+
+def test_a_prompt_that_ends_inside_a_character():
+    detokenizer = Detokenizer(ByteTokenizer(), prompt_ids=of_bytes("a😀")[:-1])
+    assert [detokenizer.push([byte]) for byte in of_bytes("😀")[-1:] + of_bytes("bc")] == ["", f"{REPLACEMENT}b", "c"]
 
 
 def test_special_tokens_are_not_text():
@@ -229,3 +246,19 @@ def test_any_text_comes_back_byte_by_byte(text):
     for blocks in (one_by_one(of_bytes(text)), [of_bytes(text)]):
         pieces, _ = stream(ByteTokenizer(), blocks)
         assert "".join(pieces) == text
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_is_what_its_file_says(tmp_path, name):
+    """Some byte-level checkpoints say that they are Llama's SentencePiece, and ask for BOS in their config."""
+    for file, data in tiny_tokenizer.tokenizer_files().items():
+        if file == "tokenizer_config.json":
+            data = json.dumps(json.loads(data) | dict(tokenizer_class=name, add_bos_token=True)).encode()
+        (tmp_path / file).write_bytes(data)
+    tokenizer, text = load_tokenizer(tmp_path), "hello w, 1 + 1"
+    ids = encode(tokenizer, text)
+    assert ids[0] == tiny_tokenizer.BOS and ids[1:] != tiny_tokenizer.byte_ids(text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
