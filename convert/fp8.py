@@ -7,18 +7,31 @@ checkpoint of ours in FP8 takes numbers and scales over bit by bit, where all th
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from convert.table import ConversionError, Rule, TypedSource
 
-__all__ = ["FP8", "Dequantized"]
+__all__ = ["FP8", "Dequantized", "refuse_quantised"]
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+METHODS = ("compressed-tensors", "fbgemm_fp8")
 ACTIVATIONS = (".input_scale", ".input_scale_ub")
+
+
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Raises ConversionError where config.json says that weights are stored in a way that is not read here."""
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if quantization and method not in METHODS:
+        raise ConversionError(
+            f"config.json has a quantization_config of method {method!r}; of quantised models only FP8 ones of "
+            f"{' and '.join(METHODS)} convert, convert the unquantised model instead"
+        )
 
 
 class Dequantized:

@@ -144,6 +144,9 @@ def _hf_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], file: 
         raise ConversionError(f"{file} rotates a part of each head; only models that rotate whole heads convert")
     # Chat models end a turn with eot or eom, which llama.cpp keeps apart from eos.
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    # Files of Llama 3's first weeks name eos alone, and how their text is split they do not say (gguf_tokenizer.py).
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    ends += [tokens.index(name) for name in ("<|eot_id|>",) if name in tokens]
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": width,
@@ -160,7 +163,7 @@ def _hf_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], file: 
         "max_position_embeddings": metadata.require("llama.context_length"),
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": [end for end in ends if end is not None],
+        "eos_token_id": [*dict.fromkeys(end for end in ends if end is not None)],
     }
 
 
@@ -186,10 +189,12 @@ def _rope_scaling(
             f"tensor {ROPE_FACTORS} in {file} is not Llama 3.1's or 3.2's rotary scaling; convert the Hugging Face "
             "checkpoint instead"
         )
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind == "none":
+    # As llama.cpp reads files of any age: linear unless another kind is named, the factor under either name.
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.float("llama.rope.scaling.factor", metadata.float("llama.rope.scale_linear", 1.0))
+    if kind == "none" or (kind == "linear" and factor in (0, 1)):
         return None
-    return {"rope_type": kind, "factor": metadata.float("llama.rope.scaling.factor")}  # the reader refuses other kinds
+    return {"rope_type": kind, "factor": factor}  # the reader refuses other kinds
 
 
 def _llama3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:

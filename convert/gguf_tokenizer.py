@@ -26,8 +26,12 @@ class Fields(Protocol):
 
 def tokenizer_files(metadata: Fields, config: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """({file name: content}, notes for the user)."""
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
+    notes: tuple[str, ...] = ()
+    if pre is None:  # files from before May 2024
+        pre = "llama-bpe" if "<|begin_of_text|>" in (tokens or ()) else "default"
+        notes = (f"tokenizer: the file does not say how it splits text; {pre}'s way is taken",)
     template = metadata.get("tokenizer.chat_template")
     files: dict[str, bytes] = {}
     if template is not None:
@@ -70,7 +74,7 @@ def tokenizer_files(metadata: Fields, config: Mapping[str, Any]) -> tuple[dict[s
     }
     files["tokenizer.json"] = _json(tokenizer)
     files["tokenizer_config.json"] = _json(_tokenizer_config(metadata, config, tokens, template))
-    return files, ()
+    return files, notes
 
 
 def _pre_tokenizer(name: str) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Llama targets: HF config to ``LlamaConfig``, and the table of their tensors.
 
 Reads the classic config form (``rope_theta``, ``rope_scaling``) and that of transformers 5 (``rope_parameters``). What
-would load but compute something else is refused: other activations, other rotary scalings, quantised weights.
+would load but compute something else is refused: other activations, other rotary scalings, weights quantised otherwise
+than to FP8 (``convert/fp8.py``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.fields import flag, integer, number
+from convert.fp8 import refuse_quantised
 from convert.rope import parse_rope
 from convert.table import ConversionError, Description, Rule, block_rules, norm, plain, transposed
 from jeagle.config import ConfigError, LlamaConfig
@@ -82,18 +84,18 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         given = architectures or config.get("model_type")
         raise ConversionError(f"config.json has architecture {given!r}; only {ARCHITECTURE} converts")
-    if config.get("quantization_config"):
-        raise ConversionError("config.json has a quantization_config; convert the unquantised model instead")
+    refuse_quantised(config)
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
         raise ConversionError(f"config.json has hidden_act {activation!r}; only silu models convert")
 
 
 def eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """End tokens of both files, config.json's first; an int or a list, null for none (absent: HF's default, 2)."""
+    """End tokens of both files, config.json's first; an int or a list, null for none. HF's default, 2, is for models
+    of which neither file says anything: in other vocabularies it is any token."""
     ids: list[int] = []
     for file, value in (
-        ("config.json", config.get("eos_token_id", 2)),
+        ("config.json", config.get("eos_token_id", None if "eos_token_id" in generation else 2)),
         ("generation_config.json", generation.get("eos_token_id")),
     ):
         listed = [] if value is None else value if isinstance(value, list) else [value]

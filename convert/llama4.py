@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.fields import flag, integer, number
+from convert.fp8 import refuse_quantised
 from convert.llama import eos_token_ids
 from convert.rope import parse_rope
 from convert.table import ConversionError, Description, Rule, block_rules, norm, plain, transposed
@@ -25,7 +26,6 @@ __all__ = ["DEFAULT_THETA", "describe", "irope_fields", "is_llama4", "read_confi
 
 DEFAULT_THETA = 500000.0  # HF's own of this family
 VISION = ("vision_model.", "multi_modal_projector.")  # perhaps under "model."
-FP8_METHODS = ("compressed-tensors", "fbgemm_fp8")
 
 
 def is_llama4(config: Mapping[str, Any]) -> bool:
@@ -214,13 +214,7 @@ def _expert_rules(
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if quantization and method not in FP8_METHODS:
-        raise ConversionError(
-            f"config.json has a quantization_config of method {method!r}; of quantised Llama 4 models only FP8 ones of "
-            f"{' and '.join(FP8_METHODS)} convert, convert the unquantised model instead"
-        )
+    refuse_quantised(config)
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
         raise ConversionError(f"config.json has hidden_act {activation!r}; only silu models convert")

@@ -205,8 +205,9 @@ def with_draft(job: Job) -> list[Plan]:
 
 
 def by_batch(job: Job, batches: Iterable[int] = BATCHES) -> list[Plan]:
-    """A plan per batch that the data axis divides. Tokens per call are taken to stay what they are."""
-    return [make_plan(dataclasses.replace(job, batch=n)) for n in batches if n % job.split.data == 0]
+    """A plan per batch, rounded up to what the data axis divides. Tokens per call are taken to stay what they are."""
+    rounded = dict.fromkeys(-(-n // job.split.data) * job.split.data for n in batches)
+    return [make_plan(dataclasses.replace(job, batch=n)) for n in rounded]
 
 
 def check_fits(plan: Plan) -> None:

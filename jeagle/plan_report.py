@@ -173,8 +173,8 @@ def _comparisons(by_batch: Sequence[Plan]) -> list[str]:
 
 def _same(found: Measured, plan: Plan) -> bool:
     job = plan.job
-    here = (job.device.name, job.split.devices, job.target)
-    return here == (found.gpu, found.devices, SIZES[found.model])
+    here = (job.device.name, job.split.devices, job.target, job.format.bits)
+    return here == (found.gpu, found.devices, SIZES[found.model], found.bits)
 
 
 def save_picture(path: Path, by_batch: Sequence[Plan]) -> None:

@@ -17,6 +17,7 @@ class Measured:
     tokens_per_second: float
     tokens_per_call: float  # 1: without speculation
     who: str
+    bits: int = 16  # of a weight
 
     @property
     def seconds_per_token(self) -> float:
@@ -24,8 +25,8 @@ class Measured:
 
 
 MEASURED = (
-    Measured("llama-4-maverick", "H100", 8, 250.0, 2.8, "Meta, arXiv:2508.08192 (about 4 ms)"),
-    Measured("llama-4-maverick", "B200", 8, 1000.0, 2.9, "NVIDIA, blog of May 2025 (over 1,000 tokens/s)"),
+    Measured("llama-4-maverick", "H100", 8, 250.0, 2.8, "Meta, arXiv:2508.08192 (about 4 ms)", bits=8),
+    Measured("llama-4-maverick", "B200", 8, 1000.0, 2.9, "NVIDIA, blog of May 2025 (over 1,000 tokens/s)", bits=8),
     Measured("llama-3.1-8b", "H100", 1, 158.3, 1.0, "SGLang, plain"),
     Measured("llama-3.1-8b", "H100", 1, 378.6, 5.39, "SGLang, EAGLE-3 of 8 steps"),
     Measured("llama-3.1-8b", "H200", 1, 190.0, 1.0, "SGLang, plain"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CONFIG, D, H, K, N, V, check, make_hf, make_tensors, reconfig, with_header
+from checkpoints import CONFIG, D, H, K, N, V, arrays, check, make_hf, make_tensors, reconfig, with_header
 from reference_eagle import FORMS, TARGET_LAYERS, VOCAB, WIDTH
 from reference_eagle import checkpoint as eagle_checkpoint
 from safetensors.numpy import save_file
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 import convert
 from convert import ConversionError
 from convert.__main__ import main
-from jeagle.checkpoint import CheckpointError, load_config, load_eagle
+from jeagle.checkpoint import CheckpointError, load, load_config, load_eagle
 from jeagle.config import RopeScaling
 
 
@@ -55,6 +55,26 @@ def test_dtypes(tmp_path, stored, asked, made):
     tensors = make_tensors(dtype=np.dtype(getattr(ml_dtypes, stored, stored)))
     source = make_hf(tmp_path / "hf", tensors, torch_dtype=stored)
     check(convert.convert(source, tmp_path / "ours", dtype=asked), tensors, np.dtype(getattr(ml_dtypes, made, made)))
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "fbgemm_fp8"])
+def test_fp8_checkpoints(tmp_path, method):
+    """One scale per weight, or one per row: in bfloat16 the products, in FP8 the source's own numbers."""
+    rng, plain, stored = np.random.default_rng(0), {}, {}
+    for name, x in make_tensors(dtype=ml_dtypes.bfloat16).items():
+        plain[name] = stored[name] = x
+        if "_proj" in name:
+            stored[name] = x.astype(ml_dtypes.float8_e4m3fn)
+            shape = (len(x), 1) if method == "fbgemm_fp8" else ()
+            scale = np.asarray(2.0 ** rng.integers(-3, 3, shape), np.float32)
+            stored[f"{name}_scale"] = scale
+            plain[name] = (stored[name].astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+    source = make_hf(tmp_path / "hf", stored, quantization_config={"quant_method": method}, torch_dtype="bfloat16")
+    check(convert.convert(source, tmp_path / "wide", dtype="bfloat16"), plain, np.dtype(ml_dtypes.bfloat16))
+    wide = arrays(load(tmp_path / "wide"))
+    kept = arrays(load(convert.convert(source, tmp_path / "fp8", dtype="fp8"), "bfloat16"))
+    for name in (n for n in wide if n.endswith(".kernel")):
+        np.testing.assert_array_equal(kept[name], wide[name])
 
 
 def test_unused_leftovers_of_hf_are_ignored(tmp_path):
@@ -114,6 +134,9 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
     (source / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
     made = convert.convert(source, tmp_path / "ours")
     assert load_config(made).eos_token_ids == (2, 4)
+    alone = make_hf(tmp_path / "alone", drop=("eos_token_id",))
+    (alone / "generation_config.json").write_text('{"eos_token_id": 4}')
+    assert load_config(convert.convert(alone, tmp_path / "of one")).eos_token_ids == (4,)  # and not HF's default too
     assert (made / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
     assert not (made / "README.md").exists()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import D, F, H, K, L, N, check, make_tensors
+from checkpoints import D, F, H, K, L, N, V, check, make_tensors
 
 import convert
 import convert.gguf_file
@@ -33,7 +33,9 @@ GGUF_NAMES = {
 }
 
 
-def make_gguf(path: Path, tensors, *, architecture: str = "llama", quantised=(), extra=None, scaling=None) -> Path:
+def make_gguf(
+    path: Path, tensors, *, architecture: str = "llama", quantised=(), extra=None, scaling=None, fields=None
+) -> Path:
     """What llama.cpp's converter writes: Q and K rows interleaved, float32 metadata."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(L)
@@ -51,6 +53,8 @@ def make_gguf(path: Path, tensors, *, architecture: str = "llama", quantised=(),
     if scaling is not None:
         writer.add_rope_scaling_type(scaling)
         writer.add_rope_scaling_factor(2.0)
+    for name, value in (fields or {}).items():
+        (writer.add_array if isinstance(value, list) else writer.add_float32)(name, value)
     for name, tensor in tensors.items():
         stem, leaf = name.rsplit(".", 1)
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
@@ -110,6 +114,14 @@ def test_gguf_rope_scaling(tmp_path):
         convert.convert(path, tmp_path / "odd")
     path = make_gguf(tmp_path / "linear.gguf", make_tensors(), scaling=gguf.RopeScalingType.LINEAR)
     assert load_config(convert.convert(path, tmp_path / "linear")).rope_scaling == RopeScaling(kind="linear", factor=2)
+    path = make_gguf(tmp_path / "old.gguf", make_tensors(), fields={"llama.rope.scale_linear": 4.0})
+    assert load_config(convert.convert(path, tmp_path / "old")).rope_scaling == RopeScaling(kind="linear", factor=4)
+
+
+def test_gguf_end_of_turn_by_its_text(tmp_path):
+    tokens = [f"t{i}" for i in range(V - 1)] + ["<|eot_id|>"]
+    path = make_gguf(tmp_path / "m.gguf", make_tensors(), fields={"tokenizer.ggml.tokens": tokens})
+    assert load_config(convert.convert(path, tmp_path / "ours")).eos_token_ids == (2, 3, V - 1)
 
 
 def test_bad_gguf(tmp_path, monkeypatch):
@@ -167,3 +179,8 @@ def test_gguf_tokenizer(tmp_path, pre, text, pieces):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab!"
     _, notes = tokenizer_files({**fields, "tokenizer.ggml.pre": "qwen2"}, config)
     assert "gpt2/qwen2" in notes[0]
+    _, notes = tokenizer_files({k: v for k, v in fields.items() if k != "tokenizer.ggml.pre"}, config)
+    assert "default's way" in notes[0]
+    fields["tokenizer.ggml.tokens"][0] = "<|begin_of_text|>"
+    _, notes = tokenizer_files({k: v for k, v in fields.items() if k != "tokenizer.ggml.pre"}, config)
+    assert "llama-bpe's way" in notes[0]

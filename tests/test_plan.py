@@ -221,6 +221,8 @@ def test_data_parallel_rows_are_shared_and_weights_are_not():
     assert two.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
     assert two.largest_batch == 2 * one.largest_batch
     assert [plan.job.batch for plan in by_batch(two.job)] == [2, 4, 8, 16, 32, 64, 128, 256]
+    three = job("llama-3.1-8b", split=Split(data=3), batch=3)
+    assert [plan.job.batch for plan in by_batch(three, (1, 2, 4, 8))] == [3, 6, 9]
 
 
 def test_head_split_or_whole():
