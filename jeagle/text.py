@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 __all__ = ["Detokenizer", "Tokenizer", "encode", "encode_chat", "load_tokenizer", "vocabulary_hash"]
 
 CONTEXT = 6  # ids of a prompt that its answer's first ones are decoded with
@@ -95,7 +97,7 @@ class Detokenizer:
     SentencePiece leaves out the first space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt_ids: Sequence[int] | np.ndarray = ()):
         self._tokenizer = tokenizer
         self._stop = stop
         self._text = ""  # all decided characters

@@ -271,7 +271,7 @@ def pythons(given: Sequence[str]) -> dict[str, str]:
 def join(args: argparse.Namespace, longest: int, contenders: list[Contender], workers: list[Worker]) -> dict[str, Any]:
     """Start every peer; those that cannot run stay in the table with the reason. Returns versions."""
     versions = {}
-    entries = [(peer, peer, None) for peer in args.peers]
+    entries: list[tuple[str, str, str | None]] = [(peer, peer, None) for peer in args.peers]
     if args.vllm_head:
         entries.append((VLLM_HEAD, "vllm", str(args.vllm_head)))
     for name, peer, head in entries:
