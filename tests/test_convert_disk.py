@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -71,27 +70,31 @@ def test_two_at_once_into_one_destination(tmp_path, monkeypatch):
 
 
 KILLED = """
-import os, sys, convert
+import os, sys, time, convert
 from jeagle.checkpoint_writer import CheckpointWriter
 add = CheckpointWriter.add
 def told(self, path, *rest, **options):
     add(self, path, *rest, **options)
     self._commit()
     print(path, flush=True)
+    told.left -= 1
+    if told.left == 0:
+        time.sleep(3600)
+told.left = int(sys.argv[3])
 CheckpointWriter.add = told
 convert.convert(sys.argv[1], sys.argv[2], progress=False)
 """
 
 
-def test_sigkill_leaves_no_destination(tmp_path):
-    """Killed while it writes: no destination, and the next run sweeps up and succeeds."""
+@pytest.mark.parametrize("written", [1, 2 + 1 + 6 * L])
+def test_sigkill_leaves_no_destination(tmp_path, written):
+    """Killed after the first tensor, and after the last: no destination, and the next run sweeps up and succeeds."""
     source = make_hf(tmp_path / "hf")
-    tensors = 2 + 1 + 6 * L
-    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "ours")]
+    command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "ours"), str(written)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     assert process.stdout is not None
     with process, process.stdout:
-        for _ in range(int(time.time_ns()) % (tensors - 1) + 1):
+        for _ in range(written):
             assert process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         process.wait()
