@@ -44,7 +44,7 @@ def test_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_two_at_once_into_one_destination(tmp_path, monkeypatch):
-    source, both_written, results = make_hf(tmp_path / "hf"), threading.Barrier(2, timeout=60), []
+    source, both_written, results = make_hf(tmp_path / "hf"), threading.Barrier(2, timeout=600), []
     finish = checkpoint_writer.CheckpointWriter.finish
 
     def finish_together(*args):
