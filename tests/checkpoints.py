@@ -139,4 +139,4 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "-l", disk], check=True)
