@@ -134,7 +134,7 @@ def host_share(llm: LLM, prompt: list[int], tokens: int, repeats: int, *, specul
 
     llm.generate(prompt, params, **once)  # compiles
     decoder.launch = timed_launch  # type: ignore[method-assign]
-    best = dict(host_share=1.0)
+    best: dict = {}
     try:
         for _ in range(repeats):
             spent.clear()
@@ -146,7 +146,7 @@ def host_share(llm: LLM, prompt: list[int], tokens: int, repeats: int, *, specul
             for _ in range(5):
                 state = timed_launch(state, program, 0)
             host = whole - in_launches + launches * min(spent[-5:])
-            if host / whole < best["host_share"]:
+            if not best or host / whole < best["host_share"]:
                 found = dict(tokens=tokens, launches=launches, generate_s=whole, host_ms=host * 1e3)
                 best = dict(found, host_share=host / whole)
     finally:
