@@ -161,7 +161,7 @@ def test_micro_batches_and_remat_change_nothing(tmp_path):
     plain.train(until=3)
     split = trainer(tmp_path / "b", recipe(run={"rows": 1, "accumulate": 4}, objective={"remat": True}))
     split.train(until=3)
-    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-4)
 
 
 def test_bfloat16_computes_with_float32_masters(tmp_path):
@@ -191,7 +191,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
     assert len(one) == 3
-    np.testing.assert_allclose(one, eight, rtol=1e-5)
+    np.testing.assert_allclose(one, eight, rtol=1e-4)
 
 
 def test_rows_must_divide_over_the_devices(tmp_path):
