@@ -107,7 +107,9 @@ def test_order_and_company(random_llm):
 
 def test_samples_and_seeds(random_llm):
     def sample(seed, n=1, **kwargs):
-        params = SamplingParams(max_tokens=8, seed=seed, n=n, logprobs=20 if n > 1 else None, **SAMPLED)
+        params = SamplingParams(
+            max_tokens=32, ignore_eos=True, seed=seed, n=n, logprobs=20 if n > 1 else None, **SAMPLED
+        )
         return [c.token_ids for c in random_llm.generate([[5, 6]], params, **QUIET, **kwargs)[0].outputs]
 
     three = sample(7, n=3)
