@@ -176,7 +176,8 @@ class Dispatcher:
                 log.info("measuring %d trees at batch %d", len(self._timed), setting.batch)
                 measured = measure_rounds(decoder, program, self._timed, setting)
                 known = agreed([measured[plan] for plan in self._timed])
-                stored.rounds[setting] = {**row, **measured}
+                stored.rounds.update(_read(path).rounds)  # what other processes have measured meanwhile
+                stored.rounds[setting] = {**stored.rounds.get(setting, {}), **measured}
                 if path is not None and jax.process_index() == 0:
                     _save(path, stored, environment)
             self._table.rounds[setting] = dict(zip(self._timed, known))

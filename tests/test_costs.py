@@ -97,6 +97,22 @@ def test_costs_that_cannot_be_kept_are_measured_and_said(tmp_path, monkeypatch, 
     assert "cannot be written" in caplog.text
 
 
+def test_costs_that_another_process_has_measured_meanwhile_are_kept(tmp_path, monkeypatch) -> None:
+    def measure(decoder, program, plans, setting):
+        if setting.batch == 1:
+            generate([[1], [2]])
+        return dict.fromkeys(plans, float(setting.batch))
+
+    def generate(prompts):
+        llm = make_llm(tmp_path, tree=Dispatch(candidates=["chain-1"]))
+        llm.generate(prompts, SamplingParams(max_tokens=2), use_tqdm=False)
+
+    monkeypatch.setattr(dispatch, "measure_rounds", measure)
+    generate([[1]])
+    (path,) = (tmp_path / "costs").glob("*.json")
+    assert {setting.batch for setting in load_costs(path).rounds} == {1, 2}
+
+
 def test_filters_have_costs_of_their_own(tmp_path, monkeypatch) -> None:
     """A top-p program searches the vocabulary for every node."""
     measured = []
