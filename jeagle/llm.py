@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -388,4 +389,6 @@ def _keep_compiled_programs(directory: Path) -> None:
     """Let a second process start fast. A cache directory the user has set stays."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
+        # What another process is just writing may be read by half: it is compiled instead.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
