@@ -5,17 +5,20 @@ The next token depends on the last one alone: whatever is asked, the answer reci
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import helpers
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tiny_tokenizer import EOS, VOCAB_SIZE, byte_ids
+from tiny_tokenizer import EOS, VOCAB_SIZE, byte_ids, tokenizer_files
 
+from jeagle.checkpoint_writer import save
 from jeagle.config import EagleConfig
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 
-__all__ = ["MAX_LEN", "RECITED", "TEXT", "make_head", "reciting_pair"]
+__all__ = ["MAX_LEN", "RECITED", "TEXT", "make_head", "reciting_pair", "save_pairs"]
 
 # No byte comes twice: each names what follows. After the last one comes EOS, after EOS and all else the first.
 TEXT = "abcdé🙂fghijklm.STOP,nopqrs\n"
@@ -51,3 +54,19 @@ def reciting_pair() -> tuple[Llama, EagleHead]:
     head.fc.kernel.set_value(jnp.concatenate([jnp.eye(width), jnp.zeros((width, width))]))  # the embedding alone
     head.norm.scale.set_value(target.norm.scale[...])
     return target, head
+
+
+def save_pairs(directory: Path) -> dict[str, Path]:
+    """Checkpoints: reciter, reciter-head, random, random-head, and one without a tokenizer, ids. The random pair has
+    attention, and its head is almost never right."""
+    target, head = reciting_pair()
+    plain = helpers.tiny_llama(vocab_size=VOCAB_SIZE, max_position=MAX_LEN, eos_token_ids=(EOS,))
+    wrong = make_head(EagleConfig.for_target(plain.config, "eagle3"))
+    tokenizer = tokenizer_files()
+    return {
+        "reciter": save(target, directory / "reciter", extra_files=tokenizer),
+        "reciter-head": save(head, directory / "reciter-head"),
+        "random": save(plain, directory / "random", extra_files=tokenizer),
+        "random-head": save(wrong, directory / "random-head"),
+        "ids": save(plain, directory / "ids"),
+    }

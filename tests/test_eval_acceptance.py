@@ -8,14 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-import helpers
 import pytest
-import tiny_tokenizer
-from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair
-from tiny_tokenizer import EOS, VOCAB_SIZE
+from reciter import RECITED, TEXT, save_pairs
 
-from jeagle import LLM, EagleConfig, SamplingParams
-from jeagle.checkpoint_writer import save
+from jeagle import LLM, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -31,21 +27,11 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
-    """Checkpoints of two pairs (see test_llm.py) and a file of questions."""
+    """The checkpoints of ``save_pairs`` and a file of questions."""
     directory = tmp_path_factory.mktemp("acceptance")
-    reciter, always_right = reciting_pair()
-    target = helpers.tiny_llama(vocab_size=VOCAB_SIZE, max_position=MAX_LEN, eos_token_ids=(EOS,))
-    head = make_head(EagleConfig.for_target(target.config, "eagle3"))
-    tokenizer = tiny_tokenizer.tokenizer_files()
     prompts = directory / "questions.jsonl"
     prompts.write_text("\n".join(map(json.dumps, QUESTIONS)) + "\n\n")
-    return {
-        "reciter": str(save(reciter, directory / "reciter", extra_files=tokenizer)),
-        "reciter-head": str(save(always_right, directory / "reciter-head")),
-        "random": str(save(target, directory / "random", extra_files=tokenizer)),
-        "random-head": str(save(head, directory / "random-head")),
-        "prompts": str(prompts),
-    }
+    return {name: str(path) for name, path in save_pairs(directory).items()} | {"prompts": str(prompts)}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""``LLM`` as its users meet it: prompts of every form, parameters, texts, streams, metrics, errors, and what is cached.
+"""``LLM`` as its users meet it: prompts of every form, parameters, texts, streams, metrics, and what is cached.
 
 Two pairs of target and head: the *reciter* of ``reciter.py``, whose answers are known in advance and whose head is
 always right, and a *random* pair with attention, whose head is almost never right.
@@ -11,19 +11,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_tokenizer
-from reciter import MAX_LEN, RECITED, TEXT, make_head, reciting_pair
+from reciter import MAX_LEN, RECITED, TEXT, save_pairs
 from tiny_tokenizer import BOS, EOS, VOCAB_SIZE, byte_ids
 
-from jeagle import LLM, EagleConfig, LlamaConfig, RequestOutput, SamplingParams
+from jeagle import LLM, RequestOutput, SamplingParams
 from jeagle.cache import KVCache, Prefix
 from jeagle.checkpoint import load_llama
-from jeagle.checkpoint_writer import save
 from jeagle.decode import Program
 from jeagle.locate import locate
 
@@ -32,19 +29,7 @@ QUIET = dict(use_tqdm=False)
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints: reciter, reciter-head, random, random-head, and one without a tokenizer, ids."""
-    directory = tmp_path_factory.mktemp("llm")
-    target, head = reciting_pair()
-    plain = helpers.tiny_llama(vocab_size=VOCAB_SIZE, max_position=MAX_LEN, eos_token_ids=(EOS,))
-    wrong = make_head(EagleConfig.for_target(plain.config, "eagle3"))
-    tokenizer = tiny_tokenizer.tokenizer_files()
-    return {
-        "reciter": save(target, directory / "reciter", extra_files=tokenizer),
-        "reciter-head": save(head, directory / "reciter-head"),
-        "random": save(plain, directory / "random", extra_files=tokenizer),
-        "random-head": save(wrong, directory / "random-head"),
-        "ids": save(plain, directory / "ids"),
-    }
+    return save_pairs(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")
@@ -278,98 +263,6 @@ def test_a_checkpoint_without_tokenizer(pairs, random_llm):
     ):
         with pytest.raises(ValueError, match="ids has no tokenizer: give prompts as lists of token ids"):
             call()
-
-
-# what is refused
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        (5, "prompts must be a string, a list of token ids, or a list of these, got 5"),
-        (None, "got None"),
-        ({"prompt": "a"}, "got {'prompt': 'a'}"),
-        (b"abc", "got b'abc'"),
-        ([[]], "prompt 0 is empty"),
-        ([[5], []], "prompt 1 is empty"),
-        ([[5], None], "prompt 1 must be a string or a list of token ids, got None"),
-        ([5, "a"], "prompt 0 must be a string or a list of token ids, got 'a'"),
-        ([[5], [True]], "prompt 1 must be a string or a list of token ids, got True"),
-        ([[1.5]], "prompt 0 must be a string or a list of token ids, got 1.5"),
-        ([5, VOCAB_SIZE], f"prompt 0 holds token id {VOCAB_SIZE}, outside the vocabulary of {VOCAB_SIZE}"),
-        ([[5], [-1]], "prompt 1 holds token id -1"),
-        (["a", "b" * 300], "prompt 1 has 301 tokens"),
-        ("\ud800", "not valid Unicode: surrogates not allowed at character 0"),
-    ],
-)
-def test_refused_prompts(reciter, prompts, message):
-    before = len(reciter.compiled_programs)
-    with pytest.raises(ValueError) as refused:
-        reciter.generate(prompts, **QUIET)
-    assert message in str(refused.value)
-    assert len(reciter.compiled_programs) == before
-
-
-def test_refused_parameters_and_conversations(reciter):
-    with pytest.raises(ValueError, match="1 prompts came with 2 SamplingParams"):
-        reciter.generate("a", [SamplingParams()] * 2)
-    for wrong in ({"max_tokens": 3}, [{}], SamplingParams):
-        with pytest.raises(ValueError, match="sampling_params must be a SamplingParams, or a list of one per prompt"):
-            reciter.generate("a", wrong)
-    with pytest.raises(ValueError, match=f"stop_token_ids holds {VOCAB_SIZE}, outside the vocabulary"):
-        reciter.generate("a", SamplingParams(stop_token_ids=[VOCAB_SIZE]))
-    with pytest.raises(ValueError, match="n must be 1, got 2"):
-        reciter.stream("a", SamplingParams(n=2))
-    for wrong in ("hi", ["hi"], {"role": "user", "content": "hi"}, [[]]):
-        with pytest.raises(ValueError, match="a conversation is a list of"):
-            reciter.chat(wrong)
-    for wrong in ({"rol": "user"}, {"role": "user", "content": None}):
-        with pytest.raises(ValueError, match="the chat template cannot render"):
-            reciter.chat([wrong])
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (dict(dtype="fp16"), "dtype must be one of auto, float32, bfloat16, fp8, got 'fp16'"),
-        (dict(kv_cache_dtype="int8"), "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, got 'int8'"),
-        (dict(tree="oak", model="nowhere/at/all"), "tree 'oak' is unknown"),  # before a model is fetched or converted
-        (dict(tree=[[0, 0]]), "has no parent: add the path"),
-        (dict(tree="dynamic-0-1-2"), "a dynamic tree needs depth >= 1"),
-        (dict(max_model_len=MAX_LEN + 1), "max_model_len must lie in 1..256"),
-        (dict(max_model_len="long"), "max_model_len must be a whole number of at least 1, got 'long'"),
-        (dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1, got 0"),
-        (dict(attention="magic"), "attention implementation 'magic' is unknown"),
-        (dict(sampler="magic"), "sampler 'magic' is unknown"),
-        (dict(model="nowhere/at/all"), "nowhere/at/all does not exist"),
-        (dict(model=__file__), "is a file"),
-    ],
-)
-def test_refused_construction(pairs, changed, message):
-    with pytest.raises(ValueError) as refused:
-        LLM(**{"model": pairs["random"], "draft": pairs["random-head"], **changed})
-    assert message in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_model_and_draft_must_fit(pairs):
-    with pytest.raises(ValueError, match="made for a target of width 64; this one has 32"):
-        LLM(pairs["random"], pairs["reciter-head"])
-    with pytest.raises(ValueError, match="holds a target model, not an EAGLE head"):
-        LLM(pairs["random"], pairs["random"])
-    with pytest.raises(ValueError, match="holds an EAGLE head, not a target model"):
-        LLM(pairs["random-head"])
-    other = make_head(EagleConfig.for_target(LlamaConfig.tiny(), "eagle3"))
-    with pytest.raises(ValueError, match=f"vocabulary is 97; the target's is {VOCAB_SIZE}"):
-        LLM(pairs["random"], other)
-
-
-def test_damaged_tokenizer(pairs, tmp_path):
-    """Said in one sentence before anything runs, for ids too: their text could not be given back."""
-    directory = shutil.copytree(pairs["random"], tmp_path / "damaged")
-    (directory / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"cannot load the tokenizer in .*damaged") as refused:
-        LLM(directory).generate([5], **QUIET)
-    assert "\n" not in str(refused.value)
 
 
 # what is kept
