@@ -6,14 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-import helpers
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_tokenizer
-from reciter import MAX_LEN, make_head
-from tiny_tokenizer import EOS, VOCAB_SIZE
+from reciter import reciting_pair
 
-from jeagle import EagleConfig
 from jeagle.checkpoint_writer import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -23,14 +21,16 @@ import eval_alignment
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
-    """A random pair whose draft vocabulary is small, so that some drafts are right and many are not."""
+    """The reciting pair, with noise on the head's way in, so that some drafts are right and some are not."""
     directory = tmp_path_factory.mktemp("alignment")
-    target = helpers.tiny_llama(vocab_size=VOCAB_SIZE, max_position=MAX_LEN, eos_token_ids=(EOS,))
+    target, head = reciting_pair()
+    kernel = head.fc.kernel[...]
+    head.fc.kernel.set_value(kernel + 0.3 * np.random.default_rng(0).standard_normal(kernel.shape, np.float32))
     prompts = directory / "questions.jsonl"
     prompts.write_text("\n".join(json.dumps({"turns": [text]}) for text in ("ab", "the world", "hello")) + "\n")
     return {
         "target": str(save(target, directory / "target", extra_files=tiny_tokenizer.tokenizer_files())),
-        "head": str(save(make_head(EagleConfig.for_target(target.config, "eagle3")), directory / "head")),
+        "head": str(save(head, directory / "head")),
         "prompts": str(prompts),
     }
 
@@ -51,7 +51,7 @@ def run(files, monkeypatch, tmp_path, capsys):
 def test_training_and_decoding_agree(run):
     code, found, said = run()
     assert (code, found["positions_that_differ"], found["answers"]) == (0, 0, 3)
-    assert found["positions"] > 20 and found["agreement_in_training"] == found["agreement_in_decoding"]
+    assert found["positions"] > 20 and 0.1 < found["agreement_in_training"] == found["agreement_in_decoding"] < 0.9
     assert f"{found['positions']} positions" in said and "differ at 0 positions" in said
 
 
