@@ -387,7 +387,7 @@ def _auto_tree() -> str:
 
 
 def _keep_compiled_programs(directory: Path) -> None:
-    """Let a second process start fast. A cache directory the user has set stays."""
+    """Let a second process start fast. A cache directory the user has set stays, and so does their least time."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # What another process is just writing may be read by half: it is compiled instead.
