@@ -147,6 +147,23 @@ def test_muon_turns_matrices_between_states_and_leaves_the_rest_to_adamw():
         np.testing.assert_allclose(np.abs(table[...]), np.abs(table[...]).max(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_biases_of_several_axes_are_no_matrices(method):
+    """Neither decayed nor turned: AdamW's first step is a multiple of the sign, whatever the bias was."""
+    target = tiny_llama(attention_bias=True, mlp_bias=True)
+    head = new_head(recipe().head.config(target.config), target, jnp.arange(60), seed=0, sample=None)
+    params = jax.tree.map(jnp.ones_like, nnx.state(head, nnx.Param))
+    optimizer = make_optimizer(recipe(method=method, weight_decay=0.5, warmup=0.0, clip=1e9).optimizer, 10)
+    gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+    change, _ = optimizer.update(gradient, optimizer.init(params), params)
+    block, steepest = change["blocks"][0], gradient["blocks"][0]
+    for name in ("qkv", "out", "gate_up", "down"):
+        moved = block[name]["bias"][...]
+        size = np.abs(moved).max()
+        np.testing.assert_allclose(moved, -size * np.sign(steepest[name]["bias"][...]), rtol=1e-3, err_msg=name)
+        assert np.ptp(np.abs(block[name]["kernel"][...])) > 1e-3
+
+
 def test_a_run_directory_belongs_to_one_recipe(tmp_path):
     trainer(tmp_path, recipe()).train(until=2)
     with pytest.raises(TrainingError, match=r"another recipe\.optimizer\.learning_rate"):

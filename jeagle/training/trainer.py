@@ -250,7 +250,7 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
             b1=recipe.b1,
             b2=recipe.b2,
             weight_decay=recipe.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=lambda params: jax.tree.map_with_path(lambda path, x: x.ndim > 1 and not _is_bias(path), params),
         )
     return optax.chain(optax.clip_by_global_norm(recipe.clip), update)
 
@@ -258,15 +258,20 @@ def make_optimizer(recipe: OptimizerRecipe, total_updates: int) -> optax.Gradien
 def _matrices(params: Any) -> Any:
     """Which axes of a kernel are read and which written, for Muon; None for what is no matrix between states."""
 
-    def of(parameter: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    def of(path: Any, parameter: Any) -> optax.contrib.MuonDimensionNumbers | None:
         axes = parameter.get_metadata()["axes"]
-        if len(axes) < 2 or any(axis is not None and axis.endswith("vocab") for axis in axes):
+        if len(axes) < 2 or _is_bias(path) or any(axis is not None and axis.endswith("vocab") for axis in axes):
             return None
         last = len(axes) - 1
         read, written = (range(last), (last,)) if axes[-1] == "width" else ((0,), range(1, last + 1))
         return optax.contrib.MuonDimensionNumbers(tuple(read), tuple(written))
 
-    return jax.tree.map(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map_with_path(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _is_bias(path: Any) -> bool:
+    """By name: that of a product with several outputs has as many axes as a matrix."""
+    return any(getattr(key, "key", None) == "bias" for key in path)
 
 
 @contextlib.contextmanager
