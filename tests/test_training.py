@@ -166,11 +166,27 @@ def test_biases_of_several_axes_are_no_matrices(method):
 
 def test_a_run_directory_belongs_to_one_recipe(tmp_path):
     trainer(tmp_path, recipe()).train(until=2)
-    with pytest.raises(TrainingError, match=r"another recipe\.optimizer\.learning_rate"):
-        trainer(tmp_path, recipe(learning_rate=5e-3))
+    with pytest.raises(TrainingError, match=r"another recipe\.optimizer\.weight_decay"):
+        trainer(tmp_path, recipe(weight_decay=0.1))
     longer = trainer(tmp_path, recipe(run={"steps": 8}))  # how long it is may change
     longer.train()
     assert longer.step == 8
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_run_goes_on_with_another_learning_rate_and_clip(tmp_path, method):
+    """As the sentence about a diverged run says; both count from the next step on."""
+    trainer(tmp_path, recipe(method=method)).train(until=2)
+
+    def moved(**changes) -> float:
+        t = trainer(tmp_path, recipe(method=method, **changes))
+        assert t.step == 2
+        before = [np.array(x) for x in jax.tree.leaves(t.state.params)]
+        state, _ = t._step(t.state, t.loader[2])
+        return max(np.abs(a - b).max() for a, b in zip(before, jax.tree.leaves(state.params), strict=True))
+
+    assert moved(learning_rate=1e-5) < 1e-2 * moved()
+    assert moved(clip=1e-12) < 0.9 * moved()
 
 
 def test_micro_batches_and_remat_change_nothing(tmp_path):

@@ -43,8 +43,9 @@ from jeagle.training.unroll import Measures
 
 __all__ = ["Trainer", "TrainingError", "make_optimizer"]
 
-# What may differ when a run goes on: how long it is and how often it looks up. The schedule follows the new length.
-RESUMABLE = ("steps", "save_every", "evaluate_every", "keep")
+# What may differ when a run goes on: how long it is, how often it looks up, and what tames one that diverged. The
+# schedule follows the new length and rate.
+RESUMABLE = {"run": ("steps", "save_every", "evaluate_every", "keep"), "optimizer": ("learning_rate", "clip")}
 
 
 class TrainingError(RuntimeError):
@@ -184,8 +185,9 @@ class Trainer:
         if path.exists():
             old, new = json.loads(path.read_text()), json.loads(text)
             for run in (old, new):
-                for name in RESUMABLE:
-                    run["recipe"]["run"].pop(name, None)
+                for section, names in RESUMABLE.items():
+                    for name in names:
+                        run["recipe"][section].pop(name, None)
             difference = _difference(old, new)
             if difference:
                 why = ""
