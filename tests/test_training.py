@@ -171,6 +171,8 @@ def test_a_run_directory_belongs_to_one_recipe(tmp_path):
     longer = trainer(tmp_path, recipe(run={"steps": 8}))  # how long it is may change
     longer.train()
     assert longer.step == 8
+    with pytest.raises(TrainingError, match=r"run\.steps is 7, but .* holds a run of 8 steps already; give as many or"):
+        trainer(tmp_path, recipe(run={"steps": 7}))
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])

@@ -104,6 +104,11 @@ class Trainer:
                 options=ocp.CheckpointManagerOptions(max_to_keep=run.keep, enable_async_checkpointing=False),
             )
         self.saved = self._manager.latest_step() or 0
+        if self.saved > run.steps:
+            raise TrainingError(
+                f"run.steps is {run.steps}, but {self.directory} holds a run of {self.saved} steps already; give as "
+                "many or more, or train into another directory"
+            )
         if self.saved:
             self.state = self._restore(self.saved)
         self._cut_metrics(self.saved)
