@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jeagle.checkpoint import is_checkpoint, read_source
 from jeagle.training.recipe import RecipeError, load_recipe
 from jeagle.training.run import prepare
 from jeagle.training.trainer import TrainingError
@@ -60,6 +61,11 @@ def draw(metrics: Path, picture: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+
+
+def steps_of(head: Path) -> int | None:
+    """After how many steps a run's head was exported; None where there is none."""
+    return read_source(head).get("steps") if is_checkpoint(head) else None
 
 
 def main() -> int:
@@ -109,6 +115,7 @@ def main() -> int:
             if trainer.step:
                 progress.console.print(f"going on after step {trainer.step}")
             progress.update(task, completed=trainer.step)
+            begun = trainer.step
             try:
                 trainer.train(args.until)
             finally:
@@ -116,8 +123,10 @@ def main() -> int:
                     draw(args.directory / "metrics.jsonl", args.directory / "curves.png")
             if trainer.step == recipe.run.steps:
                 head = args.directory / "head"
-                shutil.rmtree(head, ignore_errors=True)  # of a shorter run of the same directory
-                trainer.export(head, source=run.source)
+                # A head of these very weights stays, and a trees.json searched for it; one of a shorter run goes.
+                if trainer.step > begun or steps_of(head) != trainer.step:
+                    shutil.rmtree(head, ignore_errors=True)
+                    trainer.export(head, source={**run.source, "steps": trainer.step})
                 progress.console.print(f"the head is in {head}")
             trainer.close()
     except (ValueError, OSError, TrainingError) as error:

@@ -109,6 +109,19 @@ def test_from_recipe_to_text(train, files, tmp_path):
     (out,) = llm.generate(["Hello"], SamplingParams(max_tokens=12, ignore_eos=True), use_tqdm=False)
     assert out.metrics.num_emitted == 12
 
+    # Once more, there is nothing to do; a longer run has another head.
+    trees = run / "head" / "trees.json"
+    trees.write_text("{}")
+    code, said = train()
+    assert code == 0 and "the head is in" in said and trees.exists()
+    assert train(steps=5)[0] == 0 and not trees.exists()
+    shutil.copytree(run / "head", tmp_path / "shorter")
+    assert train(steps=6)[0] == 0
+    shutil.rmtree(run / "head")
+    (tmp_path / "shorter").rename(run / "head")  # as a kill between the last step and its export leaves it
+    assert train(steps=6)[0] == 0
+    assert json.loads((run / "head" / "source.json").read_text())["steps"] == 6
+
     # On from the finished head, in another directory: its form is the head's own.
     (tmp_path / "run").rename(tmp_path / "first")
     code, _ = train(start=tmp_path / "first" / "head", steps=2)
