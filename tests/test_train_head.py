@@ -214,6 +214,15 @@ def test_a_run_notices_that_its_start_has_other_draft_ids(train, tmp_path):
     assert code == 1 and f"run with another draft_vocabulary, as {start} has changed since it began; train into" in said
 
 
+def test_a_run_notices_that_its_target_has_other_weights(train, files, tmp_path):
+    target = Path(shutil.copytree(files["target"], tmp_path / "target"))
+    assert train("--until", "1", target=target)[0] == 0
+    about = json.loads((target / "source.json").read_text())
+    (target / "source.json").write_text(json.dumps({**about, "sha256": {"model.safetensors": "0" * 64}}))
+    code, said = train(target=target)
+    assert code == 1 and f"run with another target, as {target} has changed since it began; train into" in said
+
+
 def test_a_recipe_states_the_form_of_the_head_it_goes_on_from(train, tmp_path):
     """What it leaves out is as that head has it; what it states must be."""
     assert train(steps=1, form="num_layers = 2\ntaps = [0, 1]")[0] == 0

@@ -26,6 +26,7 @@ from jeagle.training.documents import DataError, Document, fingerprint, read_doc
 from jeagle.training.initial import new_head, with_more_tokens, with_wider_mlp
 from jeagle.training.packing import Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError
+from jeagle.training.shards import hashes
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
@@ -66,6 +67,8 @@ def prepare(
         "documents": fingerprint([*learnt, *measured]),
         "vocabulary": vocabulary,
         "draft_vocabulary": _digest(head),
+        # Of the weights, source.json has the hashes of the files they are from.
+        "target": hashes([target_dir / "config.json", target_dir / "source.json"]),
     }
     trainer = Trainer(
         recipe, directory, target, head, rows, held_out, identity=identity, devices=devices, on_report=on_report

@@ -2,7 +2,7 @@
 
 A run directory holds::
 
-    run.json        the recipe and fingerprints of data, tokenizer and draft ids: what a resumed run must agree with
+    run.json        the recipe and fingerprints of target, data and draft ids: what a resumed run must agree with
     checkpoints/    Orbax: weights, optimizer state and step, the newest few
     metrics.jsonl   a line per step and per evaluation
     head/           the finished head, a checkpoint like any other
@@ -58,7 +58,7 @@ class Trainer:
     Args:
       target: the frozen target, in the recipe's compute dtype. head: where to start; its weights become the state's.
       rows: packed training rows. held_out: packed rows that are only measured, by the temperature of their answers.
-      identity: what else a resumed run must agree with (data, tokenizer, draft ids), by name.
+      identity: what else a resumed run must agree with (target, data, tokenizer, draft ids), by name.
       on_report: called with every line of metrics.jsonl.
     """
 
@@ -195,9 +195,8 @@ class Trainer:
                         run["recipe"][section].pop(name, None)
             difference = _difference(old, new)
             if difference:
-                why = ""
-                if difference == "draft_vocabulary":
-                    why = f", as {self.recipe.head.start} has changed since it began"
+                changed = {"draft_vocabulary": self.recipe.head.start, "target": self.recipe.target}.get(difference)
+                why = f", as {changed} has changed since it began" if changed else ""
                 raise TrainingError(
                     f"{self.directory} holds a run with another {difference}{why}; train into another directory, or "
                     "remove this one"
