@@ -373,6 +373,12 @@ def test_documents_stay_within_an_attention_chunk():
         check_length(recipe(), Llama4Config.tiny(attention_chunk=16))
 
 
+def test_documents_stay_within_the_targets_positions():
+    check_length(recipe(), LlamaConfig.tiny(max_position=LENGTH))
+    with pytest.raises(RecipeError, match=f"pack_length is {LENGTH}, but tiny has 16 positions; choose at most as many"):
+        check_length(recipe(), LlamaConfig.tiny(max_position=16))
+
+
 def test_initial_heads_take_the_targets_weights():
     target = tiny_llama()
     config = EagleConfig.for_target(target.config, "eagle3", num_kv_heads=4, draft_vocab_size=10, tap_norm="each")

@@ -87,8 +87,13 @@ def prepare(
 
 
 def check_length(recipe: Recipe, target: LlamaConfig) -> None:
-    """Raises RecipeError where a document could cross a border of the target's attention chunks: a row of training
-    sees all of its document."""
+    """Raises RecipeError where a document could be longer than the target reads, or cross a border of its attention
+    chunks: a row of training sees all of its document."""
+    if recipe.data.pack_length > target.max_position:
+        raise RecipeError(
+            f"data.pack_length is {recipe.data.pack_length}, but {recipe.target} has {target.max_position} positions; "
+            "choose at most as many"
+        )
     chunk = target.attention_chunk if isinstance(target, Llama4Config) else None
     if chunk is not None and recipe.data.pack_length > chunk:
         raise RecipeError(
