@@ -26,6 +26,8 @@ from jeagle.checkpoint_writer import save
 from jeagle.text import encode
 from jeagle.training.documents import DataError, read_documents, read_json_lines
 from jeagle.training.overlap import overlapping, read_evaluation_prompts
+from jeagle.training.recipe import DataRecipe, HeadRecipe, OptimizerRecipe, Recipe, RunRecipe
+from jeagle.training.run import load_documents
 from jeagle.training.shards import MANIFEST
 from jeagle.training.synthesis import Settings, synthesize
 
@@ -136,6 +138,23 @@ def test_the_trainer_reads_it(llm, whole):
     for document, record in zip(documents, lines_of(whole), strict=True):
         assert document.token_n.tolist() == record["token_ids"]
         assert document.response_n.sum() == len(record["token_ids"]) - record["response"][0][0]
+
+
+def test_a_recipe_names_the_directory(llm, whole, tmp_path):
+    """Its shards are one file in parts: what is measured comes from all of them."""
+    joined = write_lines(tmp_path / "joined.jsonl", *lines_of(whole))
+    optimizer, run = OptimizerRecipe(learning_rate=1.0), RunRecipe(steps=1)
+
+    def load(*files: Path) -> list[list[list[int]]]:
+        data = DataRecipe(files=tuple(map(str, files)), held_out=5)  # more than a shard has
+        recipe = Recipe(target="reciter", head=HeadRecipe(kind="eagle3"), data=data, optimizer=optimizer, run=run)
+        return [[d.token_n.tolist() for d in part] for part in load_documents(recipe, llm.config, llm.tokenizer)]
+
+    assert load(whole) == load(joined) and load(whole, joined) == load(joined, whole)
+    for manifest, said in (('{"shards": []}', "has no complete shard yet"), ("{", "manifest.json cannot be read")):
+        (tmp_path / MANIFEST).write_text(manifest)
+        with pytest.raises(DataError, match=said):
+            load(tmp_path)
 
 
 def test_user_turns_follow_the_empty_header_and_end_with_the_turn(llm, tmp_path, monkeypatch):

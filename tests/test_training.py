@@ -375,7 +375,9 @@ def test_documents_stay_within_an_attention_chunk():
 
 def test_documents_stay_within_the_targets_positions():
     check_length(recipe(), LlamaConfig.tiny(max_position=LENGTH))
-    with pytest.raises(RecipeError, match=f"pack_length is {LENGTH}, but tiny has 16 positions; choose at most as many"):
+    with pytest.raises(
+        RecipeError, match=f"pack_length is {LENGTH}, but tiny has 16 positions; choose at most as many"
+    ):
         check_length(recipe(), LlamaConfig.tiny(max_position=16))
 
 

@@ -73,10 +73,10 @@ class HeadRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    files: tuple[str, ...]  # jeagle/training/documents.py says what they hold
+    files: tuple[str, ...]  # or directories of shards; jeagle/training/documents.py says what they hold
     pack_length: int = 2048
     long_documents: Literal["error", "cut", "drop"] = "error"
-    held_out: int = 64  # documents of the first file that are only ever measured
+    held_out: int = 64  # documents of the first file, or directory, that are only ever measured
 
 
 @dataclass(frozen=True, kw_only=True)

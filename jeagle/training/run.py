@@ -26,7 +26,7 @@ from jeagle.training.documents import DataError, Document, fingerprint, read_doc
 from jeagle.training.initial import new_head, with_more_tokens, with_wider_mlp
 from jeagle.training.packing import Rows, pack
 from jeagle.training.recipe import Recipe, RecipeError
-from jeagle.training.shards import hashes
+from jeagle.training.shards import hashes, shard_files
 from jeagle.training.trainer import Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
@@ -105,13 +105,13 @@ def check_length(recipe: Recipe, target: LlamaConfig) -> None:
 def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) -> tuple[list[Document], list[Document]]:
     """The recipe's documents, (learnt, only measured). Raises DataError.
 
-    Measured is a random choice from the first file, the same whatever the seed and the files after it: a run that goes
-    on from another's head, with more text, has not learnt what it measures.
+    Measured is a random choice from the first file or directory, the same whatever the seed and the files after it: a
+    run that goes on from another's head, with more text, has not learnt what it measures.
     """
     if not target.eos_token_ids:
         raise DataError(f"{recipe.target} names no eos_token_ids, so no answer can end; convert it again")
     ids = dict(vocab_size=target.vocab_size, end_of_turn=target.eos_token_ids[0])
-    first, *others = (read_documents([file], tokenizer, **ids) for file in recipe.data.files)
+    first, *others = (read_documents(shard_files(Path(file)), tokenizer, **ids) for file in recipe.data.files)
     number = recipe.data.held_out
     if number >= len(first):
         raise DataError(

@@ -26,7 +26,7 @@ from typing import Any
 
 from jeagle.training.documents import DataError, read_json_lines
 
-__all__ = ["MANIFEST", "Shards", "hashes", "open_shards"]
+__all__ = ["MANIFEST", "Shards", "hashes", "open_shards", "shard_files"]
 
 MANIFEST = "manifest.json"
 TOTALS = ("documents", "tokens", "response_tokens")
@@ -151,6 +151,21 @@ def open_shards(directory: Path, about: dict[str, Any]) -> Iterator[Shards]:
 def hashes(files: Sequence[str | Path]) -> list[dict[str, str]]:
     """Names and SHA-256 of files, for ``about``."""
     return [{"file": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in map(Path, files)]
+
+
+def shard_files(path: Path) -> list[Path]:
+    """A directory's shards in the order of its manifest; a file itself. Raises DataError."""
+    if not path.is_dir():
+        return [path]
+    manifest = path / MANIFEST
+    try:
+        names = [shard["file"] for shard in json.loads(manifest.read_bytes())["shards"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} is a directory whose {MANIFEST} cannot be read ({reason}); give files") from error
+    if not names:
+        raise DataError(f"{path} has no complete shard yet; let synthesize.py write one")
+    return [path / name for name in names]
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
