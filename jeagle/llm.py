@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -324,13 +325,14 @@ class LLM:
                 course.log()
                 return
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant begins to speak."""
+    def apply_chat_template(self, messages: Sequence[Message], *, today: date | None = None) -> list[int]:
+        """Token ids of a conversation, up to where the assistant begins to speak. today: for templates that print the
+        date; None: this day's."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self._checkpoint} has no chat template; use generate() with a formatted prompt")
         if not is_conversation(messages):
             raise ValueError(f'a conversation is a list of {{"role": ..., "content": ...}} messages, got {messages!r}')
-        return encode_chat(self.tokenizer, list(messages))
+        return encode_chat(self.tokenizer, list(messages), today=today)
 
     def _encode(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
         """A prompt's ids, checked."""

@@ -6,12 +6,27 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Detokenizer", "Tokenizer", "encode", "encode_chat", "load_tokenizer", "vocabulary_hash"]
+__all__ = [
+    "REFERENCE_DATE",
+    "Detokenizer",
+    "Tokenizer",
+    "encode",
+    "encode_chat",
+    "load_tokenizer",
+    "render_chat",
+    "vocabulary_hash",
+]
+
+
+# The day on which text that is learnt from, or measured on, is written: Llama's own default. Else a run that goes on
+# past midnight would have other text than it began with.
+REFERENCE_DATE = date(2024, 7, 26)
 
 CONTEXT = 6  # ids of a prompt that its answer's first ones are decoded with
 
@@ -75,15 +90,26 @@ def encode(tokenizer: Tokenizer, text: str, **kwargs) -> list[int]:
     return tokenizer(text, **kwargs).input_ids
 
 
-def encode_chat(tokenizer: Tokenizer, messages: list) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: list, *, today: date | None = None) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to speak."""
+    text = render_chat(tokenizer, messages, today=today)
+    return encode(tokenizer, text, add_special_tokens=False)  # the template writes them
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: list, *, add_generation_prompt: bool = True, today: date | None = None
+) -> str:
+    """A conversation as its chat template writes it. today: for templates that print the date; None: this day's."""
     from jinja2 import TemplateError
 
+    # Templates ask for the date by this name; what is given goes before what transformers has under it.
+    clock = {} if today is None else {"strftime_now": today.strftime}
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **clock
+        )
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template cannot render {messages!r}: {error}") from error
-    return encode(tokenizer, text, add_special_tokens=False)  # the template writes them
 
 
 class Detokenizer:

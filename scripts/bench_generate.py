@@ -54,7 +54,7 @@ from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
 from jeagle.sizes import size
-from jeagle.text import encode_chat, load_tokenizer
+from jeagle.text import REFERENCE_DATE, encode_chat, load_tokenizer
 from jeagle.tree import OFF, parse_tree
 from jeagle.verify import check_profile, constant_profile
 
@@ -180,7 +180,9 @@ def read_prompts(args: argparse.Namespace, directory: Path | None, vocab_size: i
     prompts = []
     for question in (q for path in args.prompts for q in load_questions(path, args.limit)):
         system = [] if question.system is None else [dict(role="system", content=question.system)]
-        prompts.append(encode_chat(tokenizer, [*system, dict(role="user", content=question.turns[0])]))
+        prompts.append(
+            encode_chat(tokenizer, [*system, dict(role="user", content=question.turns[0])], today=REFERENCE_DATE)
+        )
     return prompts
 
 

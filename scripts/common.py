@@ -25,9 +25,11 @@ from jeagle import LLM, RequestMetrics, RequestOutput, SamplingParams
 from jeagle.host import described
 from jeagle.inputs import Message
 from jeagle.results import summed
+from jeagle.text import REFERENCE_DATE
 
 __all__ = [
     "Question",
+    "chat",
     "chat_in_pairs",
     "environment",
     "exit_code",
@@ -148,6 +150,17 @@ def pooled(metrics: Sequence[RequestMetrics]) -> RequestMetrics:
     )
 
 
+def chat(
+    llm: LLM,
+    conversations: Sequence[Sequence[Message]],
+    params: SamplingParams | Sequence[SamplingParams],
+    **options: Any,
+) -> list[RequestOutput]:
+    """``llm.chat`` on a day that stays the same: measured again, a target is asked the same."""
+    prompts = [llm.apply_chat_template(messages, today=REFERENCE_DATE) for messages in conversations]
+    return llm.generate(prompts, params, **options)
+
+
 def chat_in_pairs(
     llm: LLM, conversations: Sequence[Sequence[Message]], params: Sequence[SamplingParams]
 ) -> tuple[list[RequestOutput], list[RequestOutput]]:
@@ -158,7 +171,7 @@ def chat_in_pairs(
     answers: tuple[list[RequestOutput], list[RequestOutput]] = ([], [])
     for messages, p in zip(tqdm(conversations, desc="in pairs", disable=None), params, strict=True):
         for speculative in (False, True):
-            run = partial(llm.chat, messages, p, speculative=speculative, use_tqdm=False)
+            run = partial(chat, llm, [messages], p, speculative=speculative, use_tqdm=False)
             answers[speculative].extend(compiled_before(llm, run))
     return answers
 

@@ -47,6 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import (
     Question,
+    chat,
     chat_in_pairs,
     environment,
     load_questions,
@@ -132,7 +133,7 @@ def converse(llm: LLM, questions: Sequence[Question], temperature: float, args: 
         if args.speed:
             plain, speculative = chat_in_pairs(llm, conversations, params)
         else:
-            speculative = llm.chat(conversations, params)
+            speculative = chat(llm, conversations, params)
         for (q, talk), p, s in zip(asked, plain, speculative, strict=True):
             answers.append(Answer(q, s, p))
             talk.append({"role": "assistant", "content": s.outputs[0].text})

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, load_questions, write_result
+from common import chat, environment, load_questions, write_result
 from flax import nnx
 from reporting import check_outputs
 
@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace) -> dict:
     definitions, params = tuple(d for d, _ in split), tuple(p for _, p in split)
 
     talks = [[{"role": "user", "content": q.turns[0]}] for q in load_questions(args.prompts, args.limit)]
-    answers = llm.chat(talks, SamplingParams(max_tokens=args.max_tokens), speculative=False)
+    answers = chat(llm, talks, SamplingParams(max_tokens=args.max_tokens), speculative=False)
     texts = [[*a.prompt_token_ids, *a.outputs[0].token_ids] for a in answers]
     length = max(map(len, texts))
     in_training: list[bool] = []

@@ -17,7 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, load_questions, spread, write_result
+from common import chat, environment, load_questions, spread, write_result
 from flax import nnx
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ def main() -> None:
     for dtype in ("auto", "fp8"):
         llm = LLM(args.target, args.draft, dtype="float32", kv_cache_dtype=dtype, max_batch_size=1)
         for speculative in (False, True):
-            outputs = llm.chat(questions, params, speculative=speculative)
+            outputs = chat(llm, questions, params, speculative=speculative)
             answers[dtype, speculative] = [list(o.outputs[0].token_ids) for o in outputs]
     prompts = [list(o.prompt_token_ids) for o in outputs]
 

@@ -42,6 +42,7 @@ from jeagle.costs import CostTable, Setting, measure_rounds
 from jeagle.decode import Program
 from jeagle.dispatch import Dispatch, seconds_with_lookups
 from jeagle.sampling import Filters
+from jeagle.text import REFERENCE_DATE
 from jeagle.tree import LONGEST, OFF, StaticTree, tree_name, with_lookup
 from jeagle.tree_search import best_trees, comb
 
@@ -156,7 +157,9 @@ def main() -> int:
         wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)
         llm = LLM(args.model, args.head, tree=always(wide), dtype=args.dtype)
         questions = load_questions(args.prompts, args.limit)
-        prompts = [llm.apply_chat_template([{"role": "user", "content": q.turns[0]}]) for q in questions]
+        prompts = [
+            llm.apply_chat_template([{"role": "user", "content": q.turns[0]}], today=REFERENCE_DATE) for q in questions
+        ]
         about = dict(model=args.model, head=args.head, prompts=args.prompts, answers=len(prompts))
         result = dict(
             script="search_tree", **here, **about, max_tokens=args.max_tokens, **search(llm, prompts, first, args)

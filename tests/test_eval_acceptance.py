@@ -137,13 +137,13 @@ def test_speed(evaluate):
 
 
 def test_answers_that_differ_are_an_error(files, monkeypatch, capsys):
-    chat = LLM.chat
+    generate = LLM.generate
 
-    def forgetful(self, messages, params, *, speculative=True, **options):
+    def forgetful(self, prompts, params, *, speculative=True, **options):
         shorter = params if speculative else SamplingParams(max_tokens=params.max_tokens - 1)
-        return chat(self, messages, shorter, speculative=speculative, **options)
+        return generate(self, prompts, shorter, speculative=speculative, **options)
 
-    monkeypatch.setattr(LLM, "chat", forgetful)
+    monkeypatch.setattr(LLM, "generate", forgetful)
     arguments = [files["reciter"], files["reciter-head"], "--prompts", files["prompts"]]
     arguments += ["--speed", "--tree", "chain-2", "--max-tokens", "9"]
     monkeypatch.setattr(sys, "argv", ["eval_acceptance.py", *arguments])

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from jeagle.checkpoint_writer import save
 from jeagle.text import encode
 from jeagle.training.documents import DataError, read_documents, read_json_lines
 from jeagle.training.overlap import overlapping, read_evaluation_prompts
+from jeagle.training.prompts import around_user_turn
 from jeagle.training.recipe import DataRecipe, HeadRecipe, OptimizerRecipe, Recipe, RunRecipe
 from jeagle.training.run import load_documents
 from jeagle.training.shards import MANIFEST
@@ -314,6 +316,23 @@ def test_answers_to_prompts(llm, tmp_path):
     a, b = len(opening), len(opening) + len(RECITED)
     assert talk["response"] == [[a, b], [b + len(between), len(talk["token_ids"])]]
     assert talk["finish"] == question["finish"] == "stop"
+
+
+def test_no_date_but_one(llm, tmp_path, monkeypatch):
+    """A template that prints the date, told another way than today's: a run may last past midnight."""
+    dated = """{{ strftime_now("%d %b %Y") }}""" + llm.tokenizer.chat_template
+    monkeypatch.setattr(llm.tokenizer, "chat_template", dated)
+    prompts = write_lines(tmp_path / "prompts.jsonl", conversation("one", "two"))
+    run(llm, tmp_path / "out", prompts=prompts, temperatures=(0.0,))
+    (record,) = lines_of(tmp_path / "out")
+    again = write_lines(tmp_path / "talk.jsonl", {"messages": record["messages"][:2]})
+    (document,) = read_documents([again], llm.tokenizer, vocab_size=VOCAB_SIZE, end_of_turn=EOS)
+    for ids in (record["token_ids"], document.token_n.tolist()):
+        assert llm.tokenizer.decode(ids).startswith("26 Jul 2024")
+        assert llm.tokenizer.decode(ids).count("2024") == 1
+    (before, _), today = around_user_turn(llm.tokenizer), llm.apply_chat_template(record["messages"][:1])
+    assert llm.tokenizer.decode(before).startswith("26 Jul 2024")
+    assert llm.tokenizer.decode(today).startswith(date.today().strftime("%d %b %Y"))
 
 
 def test_a_cut_answer_ends_the_conversation(llm, tmp_path):

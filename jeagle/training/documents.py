@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from jeagle.text import Tokenizer, encode, encode_chat
+from jeagle.text import REFERENCE_DATE, Tokenizer, encode, encode_chat
 
 __all__ = ["DataError", "Document", "fingerprint", "read_documents", "read_json_lines"]
 
@@ -116,7 +116,7 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, end_of_t
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = encode_chat(tokenizer, messages[:i])
+        prompt = encode_chat(tokenizer, messages[:i], today=REFERENCE_DATE)
         answer = encode(tokenizer, message["content"], add_special_tokens=False)
         if not (cut and i == len(messages) - 1):
             answer = [*answer, end_of_turn]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jeagle.text import Tokenizer, encode
+from jeagle.text import REFERENCE_DATE, Tokenizer, encode, render_chat
 from jeagle.training.documents import DataError, read_json_lines
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def before_next_answer(tokenizer: Tokenizer, messages: list[Message], ask: Messa
 
 
 def _around_marker(tokenizer: Tokenizer, messages: list[Message], *, add_generation_prompt: bool) -> tuple[str, str]:
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    text = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt, today=REFERENCE_DATE)
     before, found, after = text.partition(MARKER)
     if not found:
         raise DataError("the chat template does not show what is said; give texts to continue instead")

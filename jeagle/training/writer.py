@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jeagle.sampling import SamplingParams
-from jeagle.text import encode
+from jeagle.text import REFERENCE_DATE, encode
 from jeagle.training.documents import DataError
 from jeagle.training.overlap import NGrams
 from jeagle.training.prompts import around_user_turn, before_next_answer
@@ -183,7 +183,7 @@ class Writer:
         messages = [*system, {"role": "user", "content": turns.pop(0)}]
         # A turn the target wrote repeats an earlier one when both begin alike; given prompts may share a preamble.
         key = _key(asked, KEY_CHARACTERS if self._given is None else None)
-        return _Work(index, asked, key, self._llm.apply_chat_template(messages), messages, turns)
+        return _Work(index, asked, key, self._llm.apply_chat_template(messages, today=REFERENCE_DATE), messages, turns)
 
     def _refusal(self, work: _Work, seen: set[str]) -> str:
         if not work.asked.strip():
