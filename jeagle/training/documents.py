@@ -37,6 +37,7 @@ class Document:
     token_n: np.ndarray  # int32
     response_n: np.ndarray  # bool: the tokens that the target wrote as an answer, end of turn included
     temperature: float | None = None  # at which it did, where the file says so
+    rewritten: int = 0  # answers that are not learnt, as the chat template writes them otherwise when the talk goes on
 
     def __len__(self) -> int:
         return len(self.token_n)
@@ -113,6 +114,7 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, end_of_t
     """Every answer is encoded apart from what precedes it, as generation made it: no token spans the border."""
     ids: list[int] = []
     response: list[bool] = []
+    learnt = rewritten = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -122,12 +124,14 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, end_of_t
             answer = [*answer, end_of_turn]
         if prompt[: len(ids)] != ids:  # the template drops or rewrites earlier turns: those are no answers any more
             ids, response = [], []
+            learnt, rewritten = 0, rewritten + learnt
         new = prompt[len(ids) :]
         ids += [*new, *answer]
         response += [False] * len(new) + [True] * len(answer)
+        learnt += 1
     if not ids:
         raise ValueError("no message has the role 'assistant'")
-    return Document(np.asarray(ids, np.int32), np.asarray(response, bool))
+    return Document(np.asarray(ids, np.int32), np.asarray(response, bool), rewritten=rewritten)
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from jeagle.training.documents import DataError, read_json_lines
 if TYPE_CHECKING:
     from jeagle.inputs import Message
 
-__all__ = ["around_user_turn", "before_next_answer", "read_conversations", "read_texts"]
+__all__ = ["around_user_turn", "before_next_answer", "end_of_turn", "read_conversations", "read_texts"]
 
 MARKER = "JeagleMarksThisPlace"
 
@@ -65,6 +67,18 @@ def before_next_answer(tokenizer: Tokenizer, messages: list[Message], ask: Messa
     _, after = _around_marker(tokenizer, [*messages[:-1], answer, ask], add_generation_prompt=True)
     ids = encode(tokenizer, after, add_special_tokens=False)
     return ids[ids.index(last) + 1 :] if last in ids[:2] else ids
+
+
+def end_of_turn(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> int:
+    """Of the ids that may end an answer the one that the chat template writes after it; the first, where it writes none
+    of them or there is no template."""
+    if getattr(tokenizer, "chat_template", None):
+        ask, answer = ({"role": role, "content": text} for role, text in (("user", "Hello"), ("assistant", MARKER)))
+        with contextlib.suppress(ValueError):  # of a template that shows no answers, or refuses these
+            _, after = _around_marker(tokenizer, [ask, answer, {**ask, "content": MARKER}], add_generation_prompt=True)
+            between = encode(tokenizer, after.partition(MARKER)[0], add_special_tokens=False)
+            return next((token for token in between if token in eos_token_ids), eos_token_ids[0])
+    return eos_token_ids[0]
 
 
 def _around_marker(tokenizer: Tokenizer, messages: list[Message], *, add_generation_prompt: bool) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from jeagle.training.copying import graft_copying
 from jeagle.training.documents import DataError, Document, fingerprint, read_documents
 from jeagle.training.initial import new_head, with_more_tokens, with_wider_mlp
 from jeagle.training.packing import Rows, pack
+from jeagle.training.prompts import end_of_turn
 from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.shards import hashes, shard_files
 from jeagle.training.trainer import Trainer
@@ -83,6 +84,8 @@ def prepare(
         f"({filled:.0%} filled); {len(measured)} documents held out; {weights / 1e6:.1f}M weights, draft vocabulary "
         f"{head.config.draft_vocab_size} ({inside:.1%} of the answers' tokens)"
     )
+    if rewritten := sum(document.rewritten for document in [*learnt, *measured]):
+        summary += f"; answers left out, as the chat template writes them otherwise in later turns: {rewritten}"
     return Run(trainer, source, summary)
 
 
@@ -110,7 +113,7 @@ def load_documents(recipe: Recipe, target: LlamaConfig, tokenizer: Tokenizer) ->
     """
     if not target.eos_token_ids:
         raise DataError(f"{recipe.target} names no eos_token_ids, so no answer can end; convert it again")
-    ids = dict(vocab_size=target.vocab_size, end_of_turn=target.eos_token_ids[0])
+    ids = dict(vocab_size=target.vocab_size, end_of_turn=end_of_turn(tokenizer, target.eos_token_ids))
     first, *others = (read_documents(shard_files(Path(file)), tokenizer, **ids) for file in recipe.data.files)
     number = recipe.data.held_out
     if number >= len(first):
