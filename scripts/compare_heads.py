@@ -35,7 +35,7 @@ from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
 from jeagle.text import load_tokenizer
 from jeagle.training.documents import Document
-from jeagle.training.packing import Loader, Rows, pack
+from jeagle.training.packing import Loader, Rows, pack, parts
 from jeagle.training.recipe import Recipe, RecipeError, load_recipe
 from jeagle.training.run import load_documents, starting_head
 from jeagle.training.step import Trainable
@@ -115,6 +115,11 @@ def main() -> int:
     about = environment()
     try:
         base = load_recipe(args.recipe)
+        if base.data.held_out < 1 or args.measured_rows < 1:
+            raise RecipeError(
+                f"data.held_out is {base.data.held_out} in {args.recipe}, --measured-rows {args.measured_rows}; there "
+                "must be 1 or more of both to measure variants on"
+            )
         recipes = {text: changed(base, text, args.updates) for text in args.variants}
         directory = locate(base.target, cache_directory(), kind="llama")
         target = load_llama(directory, dtype=base.run.dtype)
@@ -141,8 +146,8 @@ def main() -> int:
         for variant in variants.values():
             variant.learn_from(batch, teacher)
     totals: dict[str, Measures | None] = dict.fromkeys(variants)
-    for start in range(0, min(args.measured_rows, len(held.token_BT)) // base.run.rows * base.run.rows, base.run.rows):
-        batch = jax.device_put(Rows(*(x[start : start + base.run.rows] for x in held)))
+    for part in parts(Rows(*(x[: args.measured_rows] for x in held)), base.run.rows):
+        batch = jax.device_put(part)
         teacher = teach_rows(params, wide[1], batch)
         for text, variant in variants.items():
             found, before = variant.measure(batch, teacher), totals[text]

@@ -40,7 +40,7 @@ norm_output = true
 [data]
 files = ["{data}"]
 pack_length = 64
-held_out = 2
+held_out = {held}
 {long}
 [objective]
 depth = 2
@@ -48,7 +48,7 @@ depth = 2
 learning_rate = 5e-3
 [run]
 steps = {steps}
-rows = 2
+rows = {rows}
 save_every = 2
 evaluate_every = 2
 save_dtype = "float32"
@@ -81,6 +81,7 @@ def call(files, tmp_path, monkeypatch, capsys):
     def run(name: str, *arguments: object, **changes) -> tuple[int, str]:
         recipe = tmp_path / "recipe.toml"
         defaults = {"start": "target", "draft": 120, "steps": 4, "long": "", "kind": "eagle3", "form": ""}
+        defaults |= {"held": 2, "rows": 2}
         recipe.write_text(RECIPE.format(**defaults | files | changes))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", str(recipe), *map(str, arguments)])
         code = importlib.import_module(name).main()
@@ -294,6 +295,25 @@ def test_variants_side_by_side(call, tmp_path):
     ):
         code, said = call("compare_heads", wrong)
         assert code == 1 and sentence in said
+
+
+def test_variants_are_measured_on_fewer_rows_than_an_update_has(call, tmp_path):
+    """Padding counts for nothing."""
+    out, found = tmp_path / "compared.json", []
+    still = "optimizer.learning_rate = 1e-30"
+    for rows in (2, 32):
+        code, said = call("compare_heads", still, "--updates", "1", "--out", out, rows=rows)
+        assert code == 0, said
+        found.append(json.loads(out.read_text())["results"][0])
+    few, many = found
+    np.testing.assert_allclose(few["loss_by_depth"], many["loss_by_depth"], rtol=1e-5)
+    assert few["tau_greedy"] == pytest.approx(many["tau_greedy"])
+    for arguments, changes, said in (
+        ((), dict(held=0), "data.held_out is 0 in"),
+        (("--measured-rows", "0"), {}, "--measured-rows 0; there must be 1 or more of both"),
+    ):
+        code, printed = call("compare_heads", still, *arguments, **changes)
+        assert code == 1 and said in printed
 
 
 def test_variants_begin_with_the_head_that_training_begins_with(call, train, tmp_path):

@@ -7,7 +7,7 @@ a run that was killed in the middle of an epoch goes on with the very batch it w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -15,7 +15,7 @@ import numpy as np
 
 from jeagle.training.documents import DataError, Document
 
-__all__ = ["Loader", "Rows", "pack"]
+__all__ = ["Loader", "Rows", "pack", "parts"]
 
 Array = Any  # numpy on the host, jax.Array inside a step
 LongDocuments = Literal["error", "cut", "drop"]
@@ -80,6 +80,13 @@ def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocu
             rows.learn_BT[row, start : start + len(document) - 1] = document.response_n[1:]
             start += len(document)
     return rows
+
+
+def parts(rows: Rows, size: int) -> Iterator[Rows]:
+    """``size`` rows at a time, the last ones with padding after them: one shape, so one program."""
+    for start in range(0, len(rows.token_BT), size):
+        part = (x[start : start + size] for x in rows)
+        yield Rows(*(np.pad(x, [(0, size - len(x)), (0, 0)]) for x in part))
 
 
 class Loader:

@@ -36,7 +36,7 @@ from jeagle.checkpoint_writer import save
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sharding import data_mesh, replicated
-from jeagle.training.packing import Loader, Rows
+from jeagle.training.packing import Loader, Rows, parts
 from jeagle.training.recipe import OptimizerRecipe, Recipe
 from jeagle.training.step import Trainable, TrainState, make_evaluation, make_step
 from jeagle.training.unroll import Measures
@@ -149,11 +149,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Means over the held-out rows, and over those of each temperature; {} when there are none."""
-        R = self.recipe.run.rows
         totals: dict[str, Measures] = {}
         for name, rows in self.held_out.items():
-            for start in range(0, len(rows.token_BT), R):
-                part = Rows(*(_padded(x[start : start + R], R) for x in rows))
+            for part in parts(rows, self.recipe.run.rows):
                 found = jax.device_get(self._evaluate(self.state.params, part))
                 totals[name] = jax.tree.map(np.add, totals[name], found) if name in totals else found
         if not totals:
@@ -296,10 +294,6 @@ def _explained(directory: Path, saved: int) -> Iterator[None]:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-
-
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str | None:
