@@ -40,7 +40,7 @@ from jeagle.training.recipe import Recipe, RecipeError, load_recipe
 from jeagle.training.run import load_documents, starting_head
 from jeagle.training.step import Trainable
 from jeagle.training.trainer import make_optimizer
-from jeagle.training.unroll import Measures, Teacher, learn, num_learnt, teach
+from jeagle.training.unroll import Measures, Teacher, learn, num_learnt, target_probabilities, teach
 
 CHANGEABLE = ("head", "objective", "optimizer")
 
@@ -58,14 +58,18 @@ class Variant:
         columns = np.concatenate([np.arange(D) + D * taps.index(tap) for tap in head.config.taps])
         dtype = jnp.dtype(recipe.run.dtype)
 
-        def judge(params, target_params, rows: Rows, teacher: Teacher):
-            student = parts.head(params, parts.head_tables, dtype)
+        def judge(params, target_params, rows: Rows, teacher: Teacher, key: jax.Array | None = None):
+            student, target = parts.head(params, parts.head_tables, dtype), parts.target(target_params)
             teacher = teacher._replace(feature_BTX=teacher.feature_BTX[..., columns])
-            count_K = num_learnt(rows, self.depth)
-            return learn(student, parts.target(target_params), rows, teacher, count_K, objective)
+            if objective.top_k is not None:  # of the variant's own draft ids
+                p_BTW = target_probabilities(student, target, teacher)
+                top_p, top_id = jax.lax.top_k(p_BTW, objective.top_k)
+                teacher = teacher._replace(top_p_BTk=top_p, top_id_BTk=top_id, covered_BT=jnp.sum(p_BTW, axis=-1))
+            return learn(student, target, rows, teacher, num_learnt(rows, self.depth), objective, key)
 
-        def update(params, opt_state, target_params, rows, teacher):
-            (_, measures), gradient = jax.value_and_grad(judge, has_aux=True)(params, target_params, rows, teacher)
+        def update(params, opt_state, target_params, rows, teacher, key):
+            gradient_of = jax.value_and_grad(judge, has_aux=True)
+            (_, measures), gradient = gradient_of(params, target_params, rows, teacher, key)
             change, opt_state = optimizer.update(gradient, opt_state, params)
             return optax.apply_updates(params, change), opt_state, measures
 
@@ -73,8 +77,9 @@ class Variant:
         self._judge = jax.jit(lambda *args: judge(*args)[1])
         self._target_params = parts.target_params
 
-    def learn_from(self, rows: Rows, teacher: Teacher) -> None:
-        self.params, self.opt_state, _ = self._update(self.params, self.opt_state, self._target_params, rows, teacher)
+    def learn_from(self, rows: Rows, teacher: Teacher, key: jax.Array) -> None:
+        given = self._target_params, rows, teacher, key
+        self.params, self.opt_state, _ = self._update(self.params, self.opt_state, *given)
 
     def measure(self, rows: Rows, teacher: Teacher) -> Measures:
         return jax.device_get(self._judge(self.params, self._target_params, rows, teacher))
@@ -143,8 +148,9 @@ def main() -> int:
     for step in tqdm(range(args.updates), desc="updates"):
         batch = jax.device_put(loader[step])
         teacher = teach_rows(params, wide[1], batch)
+        key = jax.random.fold_in(jax.random.key(base.run.seed), step)
         for variant in variants.values():
-            variant.learn_from(batch, teacher)
+            variant.learn_from(batch, teacher, key)
     totals: dict[str, Measures | None] = dict.fromkeys(variants)
     for part in parts(Rows(*(x[: args.measured_rows] for x in held)), base.run.rows):
         batch = jax.device_put(part)

@@ -297,6 +297,17 @@ def test_variants_side_by_side(call, tmp_path):
         assert code == 1 and sentence in said
 
 
+def test_every_field_of_the_objective_counts(call, tmp_path):
+    out = tmp_path / "compared.json"
+    changes = ("decay = 0.8", "feature_noise = 2.0", "top_k = 2", "top_k = 120")  # 120: all draft ids, as without
+    variants = [f"objective.{change}" for change in changes]
+    assert call("compare_heads", *variants, "--updates", "3", "--out", out)[0] == 0
+    plain, noisy, two, every = (r["loss_by_depth"] for r in json.loads(out.read_text())["results"])
+    np.testing.assert_allclose(every, plain, rtol=1e-4)
+    for other in (noisy, two):
+        assert np.abs(np.subtract(other, plain)).max() > 1e-2 * max(plain)
+
+
 def test_variants_are_measured_on_fewer_rows_than_an_update_has(call, tmp_path):
     """Padding counts for nothing."""
     out, found = tmp_path / "compared.json", []

@@ -28,7 +28,18 @@ from jeagle.sharding import Across
 from jeagle.training.losses import acceptance, lump, smooth_l1
 from jeagle.training.packing import Rows
 
-__all__ = ["Measures", "Objective", "Teacher", "begun", "learn", "num_learnt", "packed_attention", "teach", "unroll"]
+__all__ = [
+    "Measures",
+    "Objective",
+    "Teacher",
+    "begun",
+    "learn",
+    "num_learnt",
+    "packed_attention",
+    "target_probabilities",
+    "teach",
+    "unroll",
+]
 
 CHUNK = 2048  # positions whose target logits are alive at once
 
@@ -170,7 +181,7 @@ def learn(
     if key is not None and o.feature_noise:
         noise = jax.random.uniform(key, feature_BTX.shape, minval=-o.feature_noise, maxval=o.feature_noise)
         feature_BTX = feature_BTX + noise.astype(feature_BTX.dtype)
-    p_BTW = None if teacher.top_p_BTk is not None else _target_probabilities(head, target, teacher)
+    p_BTW = None if teacher.top_p_BTk is not None else target_probabilities(head, target, teacher)
     compare: Callable = partial(_compare, head, target, teacher, p_BTW, objective)
     if o.remat:
         compare = jax.checkpoint(compare, static_argnums=(2,))
@@ -267,7 +278,7 @@ def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, fe
     return back(error), back(alpha), back(draft_best == best), back(inside)
 
 
-def _target_probabilities(head: EagleHead, target: Llama, teacher: Teacher) -> jax.Array:
+def target_probabilities(head: EagleHead, target: Llama, teacher: Teacher) -> jax.Array:
     """The target's true probabilities of the draft vocabulary, [B, T, W] float32."""
     if head.draft_to_target is None:
         logits_BTW = target.logits(teacher.hidden_BTD)
