@@ -98,7 +98,13 @@ def changed(recipe: Recipe, text: str, updates: int) -> Recipe:
     for section, fields in table.items():
         base[section] |= fields
     base["run"] |= dict(steps=updates, updates=1, echo=1, accumulate=1)
-    return Recipe.from_table(base, f"variant {text!r}")
+    recipe = Recipe.from_table(base, f"variant {text!r}")
+    if recipe.head.kind != "eagle3":
+        raise RecipeError(
+            f"variant {text!r}: head.kind is {recipe.head.kind!r}, but all variants are taught with the target's taps, "
+            "which only an eagle3 head reads; compare such heads by training them"
+        )
+    return recipe
 
 
 def begin(recipe: Recipe, text: str, target: Llama, documents: list[Document], rows: Rows) -> EagleHead:

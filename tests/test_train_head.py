@@ -292,6 +292,7 @@ def test_variants_side_by_side(call, tmp_path):
         ("run.steps = 3", "changes run; it may change head, objective, optimizer"),
         ("head.tops = [0]", "head.tops is not a field"),
         ("head.taps = ", "is not TOML"),
+        ("head.kind = 'meta'", "variant \"head.kind = 'meta'\": head.kind is 'meta', but all variants are taught with"),
     ):
         code, said = call("compare_heads", wrong)
         assert code == 1 and sentence in said
