@@ -27,9 +27,7 @@ from jeagle.checkpoint_writer import save
 from jeagle.text import encode
 from jeagle.training.documents import DataError, read_documents, read_json_lines
 from jeagle.training.overlap import overlapping, read_evaluation_prompts
-from jeagle.training.prompts import around_user_turn, end_of_turn
-from jeagle.training.recipe import DataRecipe, HeadRecipe, OptimizerRecipe, Recipe, RunRecipe
-from jeagle.training.run import load_documents
+from jeagle.training.prompts import around_user_turn
 from jeagle.training.shards import MANIFEST
 from jeagle.training.synthesis import Settings, synthesize
 
@@ -140,23 +138,6 @@ def test_the_trainer_reads_it(llm, whole):
     for document, record in zip(documents, lines_of(whole), strict=True):
         assert document.token_n.tolist() == record["token_ids"]
         assert document.response_n.sum() == len(record["token_ids"]) - record["response"][0][0]
-
-
-def test_a_recipe_names_the_directory(llm, whole, tmp_path):
-    """Its shards are one file in parts: what is measured comes from all of them."""
-    joined = write_lines(tmp_path / "joined.jsonl", *lines_of(whole))
-    optimizer, run = OptimizerRecipe(learning_rate=1.0), RunRecipe(steps=1)
-
-    def load(*files: Path) -> list[list[list[int]]]:
-        data = DataRecipe(files=tuple(map(str, files)), held_out=5)  # more than a shard has
-        recipe = Recipe(target="reciter", head=HeadRecipe(kind="eagle3"), data=data, optimizer=optimizer, run=run)
-        return [[d.token_n.tolist() for d in part] for part in load_documents(recipe, llm.config, llm.tokenizer)]
-
-    assert load(whole) == load(joined) and load(whole, joined) == load(joined, whole)
-    for manifest, said in (('{"shards": []}', "has no complete shard yet"), ("{", "manifest.json cannot be read")):
-        (tmp_path / MANIFEST).write_text(manifest)
-        with pytest.raises(DataError, match=said):
-            load(tmp_path)
 
 
 def test_user_turns_follow_the_empty_header_and_end_with_the_turn(llm, tmp_path, monkeypatch):
@@ -316,29 +297,6 @@ def test_answers_to_prompts(llm, tmp_path):
     a, b = len(opening), len(opening) + len(RECITED)
     assert talk["response"] == [[a, b], [b + len(between), len(talk["token_ids"])]]
     assert talk["finish"] == question["finish"] == "stop"
-
-
-def test_every_answer_of_a_conversation_is_learnt(llm, tmp_path, monkeypatch):
-    """Where the template ends it with another id than the target's first, as Llama 3's does."""
-    system = {"role": "system", "content": "Be brief."}
-    talk = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")]
-    file = write_lines(tmp_path / "talk.jsonl", {"messages": [system, *talk]})
-    tokenizer = llm.tokenizer
-
-    def read(*eos_token_ids: int) -> tuple[list[str], int]:
-        end = end_of_turn(tokenizer, eos_token_ids)
-        (document,) = read_documents([file], tokenizer, vocab_size=VOCAB_SIZE, end_of_turn=end)
-        text = tokenizer.decode(document.token_n[document.response_n].tolist())
-        return text.split(SPECIALS[end])[:-1], document.rewritten
-
-    said = [f"assistant {i}" for i in range(3)]
-    assert read(EOS, END) == read(END) == (said, 0)
-    assert read(EOS) == (said[-1:], 2)  # generation ended with what the template does not write
-    trimming = tokenizer.chat_template.replace("m['content']", "(m['content'] | replace(' 0', ''))")
-    monkeypatch.setattr(tokenizer, "chat_template", trimming)
-    assert read(EOS, END) == (said[1:], 1)
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
-    assert end_of_turn(tokenizer, (EOS, END)) == end_of_turn(None, (EOS, END)) == EOS
 
 
 def test_no_date_but_one(llm, tmp_path, monkeypatch):
