@@ -114,7 +114,7 @@ def _copy_target(head: EagleHead, target: Llama, shrink: float) -> None:
     for block in head.blocks if (target.config.width, target.config.head_dim) == (D, config.head_dim) else ():
         if same_heads:
             block.out.kernel.set_value(_f32(last.out.kernel).reshape(block.out.kernel.shape) * shrink)
-        if config.mlp_width == target.config.mlp_width:
+        if block.gate_up.kernel.shape == last.gate_up.kernel.shape:  # that of routed experts is the shared one
             block.gate_up.kernel.set_value(_f32(last.gate_up.kernel))
             block.down.kernel.set_value(_f32(last.down.kernel) * shrink)
             block.mlp_norm.scale.set_value(_f32(last.mlp_norm.scale))
