@@ -35,6 +35,7 @@ from convert.__main__ import run
 from convert.eagle import describe, head_rules
 from convert.eagle_config import TAP_IDS
 from convert.table import ConversionError, Rule, unfill
+from jeagle import heads
 from jeagle.checkpoint import load_eagle, read_source
 from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
@@ -67,7 +68,7 @@ def export(
     """Write ``head`` into the new directory ``destination`` and return its path.
 
     Args:
-      head: a converted head's directory, or a module.
+      head: a converted head's directory, the name of one that comes with the package, or a module.
       verifier: the target's hub name or path, which the speculators form must record.
       form: speculators or eagle, for EAGLE-3 heads; auto: speculators for them and EAGLE-1's for all others.
       dtype: float32 (f32), bfloat16 (bf16), or auto: the head's own. d2t is int64 [W] and t2d bool [V] in any case.
@@ -80,8 +81,10 @@ def export(
     if os.path.lexists(destination):
         raise ConversionError(f"{destination} already exists; remove it or choose another destination")
     name = "the head" if isinstance(head, EagleHead) else str(head)
-    if not isinstance(head, EagleHead):  # no reader of heads takes our scales
-        head = load_eagle(head, "bfloat16" if read_source(Path(head))["dtype"] == "fp8" else "auto")
+    if not isinstance(head, EagleHead):
+        directory = (None if Path(head).exists() else heads.find(str(head))) or Path(head)
+        # No reader of heads takes our scales.
+        head = load_eagle(directory, "bfloat16" if read_source(directory)["dtype"] == "fp8" else "auto")
     config = head.config
     if isinstance(config, Llama4EagleConfig):
         raise ConversionError(f"{name} has Llama 4's attention, for which no form is written; keep the original head")
@@ -284,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.export", description="Write a converted EAGLE head as vLLM, SGLang and EAGLE read it."
     )
-    parser.add_argument("head", metavar="HEAD", help="a head's directory, as python -m convert wrote it")
+    parser.add_argument("head", metavar="HEAD", help="a head's directory, as python -m convert wrote it, or its name")
     parser.add_argument("destination", metavar="DESTINATION", help="the directory to make; it must not exist")
     parser.add_argument("--verifier", metavar="NAME", help="the target's hub name or path (for the speculators form)")
     parser.add_argument("--form", choices=("auto", "speculators", "eagle"), default="auto")

@@ -200,6 +200,10 @@ def test_a_head_in_fp8_is_multiplied_out(tmp_path):
     np.testing.assert_array_equal(weights["fc.weight"].T, load_eagle(path, "bfloat16").fc.kernel[...])
 
 
+def test_a_head_of_the_package_by_its_name(tmp_path):
+    assert read(export("smollm2-135m-eagle3", tmp_path / "out", form="eagle"))[0]["draft_vocab_size"] == 16384
+
+
 def test_transformers_understands_the_blocks(tmp_path):
     """The rope above all, which transformers 5 stores elsewhere."""
     config, _ = read(export(head_of("own_embedding"), tmp_path / "out", verifier="org/target"))
