@@ -8,7 +8,6 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -394,5 +393,5 @@ def _keep_compiled_programs(directory: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # What another process is just writing may be read by half: it is compiled instead.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -113,9 +113,11 @@ class RowSampling:
         def column(field: str, dtype: type) -> jax.Array:
             return jnp.asarray(np.array([getattr(p, field) for p in params], dtype))
 
+        # Colder than this, logits divided by it are infinite: as greedy as it means to be.
+        temperature_B = np.array([p.temperature if p.temperature > 1e-30 else 0 for p in params], np.float32)
         return cls(
             jnp.asarray(seeds),
-            column("temperature", np.float32),
+            jnp.asarray(temperature_B),
             column("top_k", np.int32),
             column("top_p", np.float32),
             column("min_p", np.float32),

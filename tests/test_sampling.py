@@ -266,7 +266,8 @@ def test_greedy_rows_in_a_sampled_batch_are_greedy():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((4, 3, 50)).astype(np.float32)
     logits[1, 0] = 0.0  # nothing known: the first token, not a random one
-    params = [SamplingParams(temperature=1.0), SamplingParams(), SamplingParams(), SamplingParams(temperature=2.0)]
+    logits[2] *= 100  # by the coldest temperature of float32 they would be infinite
+    params = [SamplingParams(temperature=t) for t in (1.0, 0.0, 1.2e-38, 2.0)]
     position = np.tile(np.arange(3, dtype=np.int32), (4, 1))
     chosen = np.asarray(run_choose(logits, position, settings(*params), filters=ALL))
     np.testing.assert_array_equal(chosen[1:3], logits[1:3].argmax(-1))

@@ -68,7 +68,7 @@ def prepare(
         "documents": fingerprint([*learnt, *measured]),
         "vocabulary": vocabulary,
         "draft_vocabulary": _digest(head),
-        # Of the weights, source.json has the hashes of the files they are from.
+        # Of the weights, a converted target's source.json has the hashes of the files they are from.
         "target": hashes([target_dir / "config.json", target_dir / "source.json"]),
     }
     trainer = Trainer(
