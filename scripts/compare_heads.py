@@ -35,7 +35,7 @@ from jeagle.llama import Llama
 from jeagle.locate import cache_directory, locate
 from jeagle.text import load_tokenizer
 from jeagle.training.documents import Document
-from jeagle.training.packing import Loader, Rows, pack, parts
+from jeagle.training.packing import Loader, Rows, groups, pack
 from jeagle.training.recipe import Recipe, RecipeError, load_recipe
 from jeagle.training.run import load_documents, starting_head
 from jeagle.training.step import Trainable
@@ -158,7 +158,7 @@ def main() -> int:
         for variant in variants.values():
             variant.learn_from(batch, teacher, key)
     totals: dict[str, Measures | None] = dict.fromkeys(variants)
-    for part in parts(Rows(*(x[: args.measured_rows] for x in held)), base.run.rows):
+    for part in groups(Rows(*(x[: args.measured_rows] for x in held)), base.run.rows):
         batch = jax.device_put(part)
         teacher = teach_rows(params, wide[1], batch)
         for text, variant in variants.items():

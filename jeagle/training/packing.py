@@ -15,7 +15,7 @@ import numpy as np
 
 from jeagle.training.documents import DataError, Document
 
-__all__ = ["Loader", "Rows", "pack", "parts"]
+__all__ = ["Loader", "Rows", "groups", "pack"]
 
 Array = Any  # numpy on the host, jax.Array inside a step
 LongDocuments = Literal["error", "cut", "drop"]
@@ -82,7 +82,7 @@ def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocu
     return rows
 
 
-def parts(rows: Rows, size: int) -> Iterator[Rows]:
+def groups(rows: Rows, size: int) -> Iterator[Rows]:
     """``size`` rows at a time, the last ones with padding after them: one shape, so one program."""
     for start in range(0, len(rows.token_BT), size):
         part = (x[start : start + size] for x in rows)

@@ -36,7 +36,7 @@ from jeagle.checkpoint_writer import save
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sharding import data_mesh, replicated
-from jeagle.training.packing import Loader, Rows, parts
+from jeagle.training.packing import Loader, Rows, groups
 from jeagle.training.recipe import OptimizerRecipe, Recipe
 from jeagle.training.step import Trainable, TrainState, make_evaluation, make_step
 from jeagle.training.unroll import Measures
@@ -151,7 +151,7 @@ class Trainer:
         """Means over the held-out rows, and over those of each temperature; {} when there are none."""
         totals: dict[str, Measures] = {}
         for name, rows in self.held_out.items():
-            for part in parts(rows, self.recipe.run.rows):
+            for part in groups(rows, self.recipe.run.rows):
                 found = jax.device_get(self._evaluate(self.state.params, part))
                 totals[name] = jax.tree.map(np.add, totals[name], found) if name in totals else found
         if not totals:
