@@ -166,6 +166,12 @@ def test_nothing_is_generated_twice(llm, whole, tmp_path, monkeypatch):
     assert run(llm, out) == json.loads((whole / MANIFEST).read_bytes())
 
 
+def test_a_run_goes_on_to_more_documents(llm, whole, tmp_path):
+    assert run(llm, tmp_path, documents=6)["documents"] == 6
+    assert run(llm, tmp_path)["documents"] == 10
+    assert lines_of(tmp_path) == lines_of(whole)
+
+
 def test_a_missing_shard_is_made_again_and_a_damaged_one_refused(llm, whole, tmp_path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     shard = out / "shard-00001.jsonl.gz"

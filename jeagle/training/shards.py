@@ -26,10 +26,11 @@ from typing import Any
 
 from jeagle.training.documents import DataError, read_json_lines
 
-__all__ = ["MANIFEST", "Shards", "hashes", "open_shards", "shard_files"]
+__all__ = ["MANIFEST", "Shards", "alone_in", "hashes", "open_shards", "shard_files"]
 
 MANIFEST = "manifest.json"
 TOTALS = ("documents", "tokens", "response_tokens")
+HOW_MANY = "settings.documents"  # the one setting that no document depends on
 
 
 class Shards:
@@ -108,7 +109,7 @@ class Shards:
             raise DataError(f"{path} cannot be read ({error}); remove {out} and start again") from error
         now = _flat(self._about)
         for name in [*now, *then]:
-            if now.get(name) != then.get(name):
+            if now.get(name) != then.get(name) and name != HOW_MANY:
                 raise DataError(
                     f"{out} was made with {name} = {then.get(name)!r}, not {now.get(name)!r}; "
                     "use the same settings or another directory"
@@ -128,22 +129,31 @@ class Shards:
 def open_shards(directory: Path, about: dict[str, Any]) -> Iterator[Shards]:
     """The shards of ``directory``, made where there is none, to be added to by nobody else meanwhile.
 
-    about: all that the lines depend on, as JSON has it; a directory made with anything else is refused. Raises
-    DataError in one sentence.
+    about: all that the lines depend on, as JSON has it; a directory made with anything else is refused, except that
+    ``HOW_MANY`` may differ. Raises DataError in one sentence.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"cannot make the directory {directory} ({error.strerror}); choose another one") from error
+    with alone_in(directory, DataError):
+        yield Shards(directory, about)
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, refusal: type[Exception]) -> Iterator[None]:
+    """Hold the lock of a directory; ``refusal``, in one sentence, where another process has it. It goes with the
+    process, however that ends."""
+    try:
+        lock = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise refusal(f"cannot open the directory {directory} ({error.strerror}); choose another one") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(
-                f"another process is writing {directory}; wait for it or choose another directory"
-            ) from error
-        yield Shards(directory, about)
+            raise refusal(f"another process is writing {directory}; wait for it or choose another directory") from error
+        yield
     finally:
         os.close(lock)
 
