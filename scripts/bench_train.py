@@ -85,7 +85,7 @@ def random_rows(vocab_size: int, shape: tuple[int, ...], seed: int) -> Rows:
     token = np.random.default_rng(seed).integers(0, vocab_size, shape, dtype=np.int32)
     position = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     learnt = np.broadcast_to(np.arange(shape[-1]) < shape[-1] - 1, shape)
-    return jax.device_put(Rows(token, np.ones(shape, np.int32), position, learnt))
+    return jax.device_put(Rows(token, np.ones(shape, np.int32), position, learnt, np.ones(shape, np.float32)))
 
 
 def load_pair(recipe: Recipe, shape: str | None) -> tuple[Llama, EagleHead]:
@@ -128,7 +128,8 @@ def measure(target: Llama, head: EagleHead, recipe: Recipe, repeats: int) -> dic
     step = step_function(parts, recipe)
 
     def teach_one(nothing, target_params, tables, params, rows):
-        return nothing, teach(parts.target(target_params), parts.head(params, tables, dtype), rows, objective.top_k)
+        head = parts.head(params, tables, dtype)
+        return nothing, teach(parts.target(target_params), head, rows, **objective.asked_of_target())
 
     def learn_one(nothing, target_params, tables, params, rows, teacher, key):
         def loss(params):

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,18 +150,23 @@ def main() -> int:
     every = EagleConfig.for_target(target.config, "eagle3", taps=taps, own_lm_head=False)
     definition, params = nnx.split(target)
     wide = nnx.split(EagleHead(every, rngs=nnx.Rngs(0)))
-    teach_rows = jax.jit(lambda p, h, r: teach(nnx.merge(definition, p), nnx.merge(wide[0], h), r))
+    own = {text: recipe.objective.own_temperature for text, recipe in recipes.items()}
+
+    @partial(jax.jit, static_argnums=3)
+    def teach_rows(params, head_params, rows, own_temperature):
+        student = nnx.merge(wide[0], head_params)
+        return teach(nnx.merge(definition, params), student, rows, own_temperature=own_temperature)
 
     for step in tqdm(range(args.updates), desc="updates"):
         batch = jax.device_put(loader[step])
-        teacher = teach_rows(params, wide[1], batch)
+        teachers = {choice: teach_rows(params, wide[1], batch, choice) for choice in set(own.values())}
         key = jax.random.fold_in(jax.random.key(base.run.seed), step)
-        for variant in variants.values():
-            variant.learn_from(batch, teacher, key)
+        for text, variant in variants.items():
+            variant.learn_from(batch, teachers[own[text]], key)
     totals: dict[str, Measures | None] = dict.fromkeys(variants)
     for part in groups(Rows(*(x[: args.measured_rows] for x in held)), base.run.rows):
         batch = jax.device_put(part)
-        teacher = teach_rows(params, wide[1], batch)
+        teacher = teach_rows(params, wide[1], batch, False)  # all are measured at one temperature
         for text, variant in variants.items():
             found, before = variant.measure(batch, teacher), totals[text]
             totals[text] = found if before is None else jax.tree.map(np.add, before, found)

@@ -53,7 +53,7 @@ def one_row(ids: list[int], length: int) -> Rows:
     index = np.arange(length, dtype=np.int32)
     token, inside = np.zeros(length, np.int32), index < len(ids)
     token[: len(ids)] = ids
-    return Rows(*(x[None] for x in (token, inside.astype(np.int32), index, inside)))
+    return Rows(*(x[None] for x in (token, inside.astype(np.int32), index, inside, np.ones(length, np.float32))))
 
 
 def compare(args: argparse.Namespace) -> dict:

@@ -22,7 +22,8 @@ def repeated(number: int, seed: int) -> Rows:
     once = np.stack([rng.permutation(V)[:HALF] for _ in range(number)])
     token = np.concatenate([once, once], axis=1).astype(np.int32)
     ones = np.ones_like(token)
-    return Rows(token, ones, np.broadcast_to(np.arange(2 * HALF, dtype=np.int32), token.shape), ones > 0)
+    position = np.broadcast_to(np.arange(2 * HALF, dtype=np.int32), token.shape)
+    return Rows(token, ones, position, ones > 0, ones.astype(np.float32))
 
 
 def eagle_head(target, **changes) -> EagleHead:

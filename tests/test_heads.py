@@ -90,7 +90,8 @@ def test_decoding_accepts_what_training_says_it_will(smollm2_dir):
         token_T = np.zeros(96, np.int32)
         token_T[: len(tokens)] = tokens
         here_T = np.arange(96) < len(tokens)
-        rows = Rows(token_T[None], here_T[None].astype(np.int32), np.arange(96, dtype=np.int32)[None], here_T[None])
+        segment_T, position_T = here_T.astype(np.int32), np.arange(96, dtype=np.int32)
+        rows = Rows(*(x[None] for x in (token_T, segment_T, position_T, here_T, np.ones(96, np.float32))))
         draft_kT = [id_W[np.asarray(x[0])] for x in best_drafts(models, rows)]
         emitted, index = 0, len(out.prompt_token_ids) - 2  # the root is the prompt's last token, after this position
         while emitted < params.max_tokens:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -266,8 +269,18 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch
     assert trainer(tmp_path, recipe()).step == 2
 
 
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    t = trainer(tmp_path, recipe())
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(TrainingError, match="another process is writing"):
+        t.train()
+    os.close(lock)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_packing_keeps_every_token_once():
-    made = documents(100)
+    made = [replace(d, temperature=(None, 0.0, 0.7)[i % 3]) for i, d in enumerate(documents(100))]
     rows = pack(made, LENGTH)
     found = []
     for row in range(len(rows.token_BT)):
@@ -275,9 +288,12 @@ def test_packing_keeps_every_token_once():
             here = rows.segment_BT[row] == segment
             assert rows.position_BT[row][here].tolist() == list(range(here.sum()))
             tokens, learn = rows.token_BT[row][here], rows.learn_BT[row][here]
-            found.append((tuple(tokens), tuple(learn)))
+            (temperature,) = set(rows.temperature_BT[row][here].tolist())
+            found.append((tuple(tokens), tuple(learn), temperature))
             assert not learn[-1]
-    wanted = [(tuple(d.token_n), (*d.response_n[1:], False)) for d in made]
+    wanted = [
+        (tuple(d.token_n), (*d.response_n[1:], False), (1.0, 0.0, np.float32(0.7))[i % 3]) for i, d in enumerate(made)
+    ]
     assert sorted(found) == sorted(wanted)
     assert (rows.segment_BT > 0).mean() > 0.9
 

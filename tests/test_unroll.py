@@ -46,9 +46,12 @@ def one_document(tokens: list[int], *, before: int = 0, after: int = 0) -> Rows:
     parts = [rng.integers(0, 97, before), tokens, rng.integers(0, 97, after)]
     segment = np.repeat([1, 2, 3], lengths)
     position = np.concatenate([np.arange(n) for n in lengths])
-    return Rows(
-        *(jnp.asarray(x)[None] for x in (np.concatenate(parts).astype(np.int32), segment, position, position >= 0))
+    token, learnt, temperature = (
+        np.concatenate(parts).astype(np.int32),
+        position >= 0,
+        np.ones(len(segment), np.float32),
     )
+    return Rows(*(jnp.asarray(x)[None] for x in (token, segment, position, learnt, temperature)))
 
 
 def chain_drafter(target, head):
@@ -78,7 +81,7 @@ def run_student(head, target, rows, depth):
 
 
 def loss_and_measures(head, target, rows, objective):
-    teacher = teach(target, head, rows, objective.top_k)
+    teacher = teach(target, head, rows, **objective.asked_of_target())
     return learn(head, target, rows, teacher, num_learnt(rows, objective.depth), objective)
 
 
@@ -193,6 +196,42 @@ def test_top_k_targets_keep_the_rest_of_the_mass_and_become_dense_at_full_k():
         assert float(fewer) <= float(dense) + 1e-4
     log_q = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(0).standard_normal((3, 8))))
     assert np.exp(lump(log_q, jnp.array([[0, 1], [2, 3], [7, 5]]))).sum(-1) == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("top_k", [None, 40])
+def test_answers_are_judged_at_their_own_temperature(top_k):
+    """Three documents, written at 0, 0.5 and 1: alpha by a plain count, and the gradient of a whole row is finite."""
+    target = tiny_llama()
+    head = make_head(target, kind="eagle3", draft_vocab_size=40)
+    rows = one_document(np.random.default_rng(5).integers(0, 97, 8).tolist(), before=8, after=8)
+    t_T = np.repeat([0.0, 0.5, 1.0], 8)
+    rows = rows._replace(temperature_BT=jnp.asarray(t_T, jnp.float32)[None])
+    objective = Objective(LOSSES["lk"], 1, top_k=top_k, own_temperature=True)
+    _, measures = judge(head, target, rows, objective)
+    teacher, (hidden,) = run_student(head, target, rows, 1)
+    logits_TV = np.asarray(target.logits(teacher.hidden_BTD)[0])
+    ids = np.asarray(head.draft_to_target[...])
+    q_TW = np.asarray(jax.nn.softmax(head.logits(hidden, target)[0], axis=-1))
+    alpha = 0.0
+    for i in (i for i in range(23) if i % 8 < 7):
+        if t_T[i + 1]:
+            p_V = np.asarray(jax.nn.softmax(logits_TV[i + 1] / t_T[i + 1]))
+        else:
+            p_V = np.eye(97)[logits_TV[i + 1].argmax()]
+        alpha += np.minimum(p_V[ids], q_TW[i]).sum()
+    assert float(measures.alpha[0]) == pytest.approx(alpha, rel=1e-4)
+
+    graph, params, rest = nnx.split(head, nnx.Param, ...)
+    gradient = jax.grad(lambda p: loss_and_measures(nnx.merge(graph, p, rest), target, rows, objective)[0])(params)
+    assert np.isfinite(optax.tree.norm(gradient))
+
+    # Where all are of temperature 1, or unknown, it changes nothing.
+    rows = rows._replace(temperature_BT=jnp.ones_like(rows.temperature_BT))
+    (loss, _), (same, _) = (
+        judge(head, target, rows, objective),
+        judge(head, target, rows, objective._replace(own_temperature=False)),
+    )
+    assert float(loss) == pytest.approx(float(same), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -8,6 +8,7 @@ a run that was killed in the middle of an epoch goes on with the very batch it w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -28,6 +29,7 @@ class Rows(NamedTuple):
     segment_BT: Array  # int32: 1, 2, ... per document of the row, 0 for padding
     position_BT: Array  # int32: within the document
     learn_BT: Array  # bool: the token after this one belongs to an answer, so its distribution is learnt
+    temperature_BT: Array  # float32: at which the document's answers were written, 1 where that is not known
 
 
 def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocuments = "error") -> Rows:
@@ -46,7 +48,7 @@ def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocu
                 )
             if long_documents == "drop":
                 continue
-            document = Document(document.token_n[:length], document.response_n[:length])
+            document = replace(document, token_n=document.token_n[:length], response_n=document.response_n[:length])
         if document.response_n[1:].any():
             whole.append(document)
     if not whole:
@@ -68,7 +70,7 @@ def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocu
         room[spot] -= n
 
     shape = (len(bins), length)
-    rows = Rows(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
+    rows = Rows(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.int32, bool, np.float32)))
     for row, members in enumerate(bins):
         start = 0
         for segment, i in enumerate(members, start=1):
@@ -78,6 +80,7 @@ def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocu
             rows.segment_BT[row, part] = segment
             rows.position_BT[row, part] = np.arange(len(document))
             rows.learn_BT[row, start : start + len(document) - 1] = document.response_n[1:]
+            rows.temperature_BT[row, part] = 1.0 if document.temperature is None else document.temperature
             start += len(document)
     return rows
 

@@ -90,6 +90,7 @@ class ObjectiveRecipe:
     token_weight: float = 1.0
     feature_weight: float = 0.0
     top_k: int | None = None
+    own_temperature: bool = False
     feature_noise: float = 0.0
     remat: bool = False
 

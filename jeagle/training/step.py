@@ -105,7 +105,7 @@ def make_step(
         U, A = rows.token_BT.shape[:2]
         head = parts.head(state.params, tables, dtype)
         flat = jax.tree.map(lambda x: x.reshape(U * A, *x.shape[2:]), rows)
-        teacher = jax.lax.map(lambda r: teach(target, head, r, objective.top_k), flat)
+        teacher = jax.lax.map(lambda r: teach(target, head, r, **objective.asked_of_target()), flat)
         teacher = jax.tree.map(lambda x: x.reshape(U, A, *x.shape[1:]), teacher)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         orders = [jax.random.permutation(jax.random.fold_in(key, e), U) for e in range(echo)]
@@ -139,7 +139,8 @@ def make_evaluation(
     def evaluate(params, target_params, tables, rows: Rows) -> Measures:
         target, head = parts.target(target_params), parts.head(params, tables, dtype)
         count_K = num_learnt(rows, objective.depth)
-        return learn(head, target, rows, teach(target, head, rows, objective.top_k), count_K, objective)[1]
+        teacher = teach(target, head, rows, **objective.asked_of_target())
+        return learn(head, target, rows, teacher, count_K, objective)[1]
 
     whole, split = replicated(mesh), split_rows(mesh)
     jitted = jax.jit(evaluate, in_shardings=(whole, whole, whole, split), out_shardings=whole)

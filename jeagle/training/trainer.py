@@ -38,6 +38,7 @@ from jeagle.llama import Llama
 from jeagle.sharding import data_mesh, replicated
 from jeagle.training.packing import Loader, Rows, groups
 from jeagle.training.recipe import OptimizerRecipe, Recipe
+from jeagle.training.shards import alone_in
 from jeagle.training.step import Trainable, TrainState, make_evaluation, make_step
 from jeagle.training.unroll import Measures
 
@@ -118,7 +119,12 @@ class Trainer:
         return int(self.state.step)
 
     def train(self, until: int | None = None) -> None:
-        """Run to the recipe's last step, or to ``until``. Saves at the end of either."""
+        """Run to the recipe's last step, or to ``until``. Saves at the end of either. Raises TrainingError, also where
+        another process trains in the directory."""
+        with alone_in(self.directory, TrainingError):
+            self._train(until)
+
+    def _train(self, until: int | None) -> None:
         run = self.recipe.run
         last = run.steps if until is None else min(until, run.steps)
         begin = self.step

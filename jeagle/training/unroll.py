@@ -50,7 +50,8 @@ class Teacher(NamedTuple):
 
     feature_BTX: jax.Array
     hidden_BTD: jax.Array
-    lse_BT: jax.Array  # log-sum-exp of the target's logits over its whole vocabulary
+    scale_BT: jax.Array  # what its logits are multiplied with: 1 / temperature, 0 for its choice alone
+    lse_BT: jax.Array  # log-sum-exp of the scaled logits over its whole vocabulary
     best_BT: jax.Array  # its argmax
     top_p_BTk: jax.Array | None  # with top_k: probabilities of the k likeliest ids of the draft vocabulary ..
     top_id_BTk: jax.Array | None  # .. and which they are (draft ids)
@@ -67,8 +68,15 @@ class Objective(NamedTuple):
     token_weight: float = 1.0
     feature_weight: float = 0.0  # of smooth-L1 against the target's hidden states (EAGLE-1: 1.0, with token_weight 0.1)
     top_k: int | None = None  # hold the head against the target's k likeliest ids and one class for the rest
+    own_temperature: bool = (
+        False  # .. and against the target at the temperature of the answer, at 0 its choice, not at 1
+    )
     feature_noise: float = 0.0  # half-width of uniform noise on the target's features
     remat: bool = False  # make each step's logits again in the backward pass instead of keeping them
+
+    def asked_of_target(self) -> dict[str, Any]:
+        """The options of ``teach``."""
+        return dict(top_k=self.top_k, own_temperature=self.own_temperature)
 
 
 class Measures(NamedTuple):
@@ -103,24 +111,32 @@ class Measures(NamedTuple):
         }
 
 
-def teach(target: Llama, head: EagleHead, rows: Rows, top_k: int | None = None) -> Teacher:
-    """Run the frozen target over packed rows: tokens [B, T] -> ``Teacher``."""
+def teach(
+    target: Llama, head: EagleHead, rows: Rows, top_k: int | None = None, *, own_temperature: bool = False
+) -> Teacher:
+    """Run the frozen target over packed rows: tokens [B, T] -> ``Teacher``. The options are ``Objective``'s."""
     forward = target.run(rows.token_BT, rows.position_BT, packed_attention(rows), taps=head.config.taps)
+    if own_temperature:
+        t_BT = rows.temperature_BT
+        scale_BT = jnp.where(t_BT > 0, 1.0 / jnp.where(t_BT > 0, t_BT, 1.0), 0.0)
+    else:
+        scale_BT = jnp.ones(rows.token_BT.shape, jnp.float32)
 
-    def read(hidden_D: jax.Array):
+    def read(position: tuple[jax.Array, jax.Array]):
+        hidden_D, scale = position
         logits_V = target.logits(hidden_D)
-        lse = jax.nn.logsumexp(logits_V)
-        summary = lse, vocabulary.argmax(logits_V, Across(None))
+        lse = jax.nn.logsumexp(scale * logits_V)
+        best = vocabulary.argmax(logits_V, Across(None))
         if top_k is None:
-            return summary
-        p_W = jnp.exp(_draft_columns(head, logits_V) - lse)
-        return *summary, *jax.lax.top_k(p_W, top_k), jnp.sum(p_W)
+            return lse, best
+        p_W = _probabilities(_draft_columns(head, logits_V), _draft_ids(head), scale, lse, best)
+        return lse, best, *jax.lax.top_k(p_W, top_k), jnp.sum(p_W)
 
-    flat = forward.hidden_BTD.reshape(-1, forward.hidden_BTD.shape[-1])
+    flat = forward.hidden_BTD.reshape(-1, forward.hidden_BTD.shape[-1]), scale_BT.reshape(-1)
     read_flat = jax.lax.map(read, flat, batch_size=CHUNK)
     lse, best, *top = (x.reshape(*rows.token_BT.shape, *x.shape[1:]) for x in read_flat)
     top_p, top_id, covered = top or (None, None, None)
-    return Teacher(forward.feature_BTX, forward.hidden_BTD, lse, best, top_p, top_id, covered)
+    return Teacher(forward.feature_BTX, forward.hidden_BTD, scale_BT, lse, best, top_p, top_id, covered)
 
 
 def packed_attention(rows: Rows) -> LayerAttend:
@@ -279,18 +295,29 @@ def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, fe
 
 
 def target_probabilities(head: EagleHead, target: Llama, teacher: Teacher) -> jax.Array:
-    """The target's true probabilities of the draft vocabulary, [B, T, W] float32."""
+    """The target's true probabilities of the draft vocabulary, [B, T, W] float32, at the teacher's temperatures."""
     if head.draft_to_target is None:
         logits_BTW = target.logits(teacher.hidden_BTD)
     else:  # only those columns of the LM head are multiplied
         id_W = head.draft_to_target[...]
         columns = target.embed[...][id_W].T if target.lm_head is None else target.lm_head[...][:, id_W]
         logits_BTW = jnp.matmul(teacher.hidden_BTD, columns, preferred_element_type=jnp.float32)
-    return jax.lax.stop_gradient(jnp.exp(logits_BTW - teacher.lse_BT[..., None]))
+    p_BTW = _probabilities(logits_BTW, _draft_ids(head), teacher.scale_BT, teacher.lse_BT, teacher.best_BT)
+    return jax.lax.stop_gradient(p_BTW)
+
+
+def _probabilities(logits, id_W, scale, lse, best) -> jax.Array:
+    """[..., W] of logits [..., W]: softmax of the scaled logits; where the scale is 0, all on the target's choice."""
+    scale, lse, best = (x[..., None] for x in (scale, lse, best))
+    return jnp.where(scale > 0, jnp.exp(scale * logits - lse), (id_W == best).astype(jnp.float32))
 
 
 def _draft_columns(head: EagleHead, logits: jax.Array) -> jax.Array:
     return logits if head.draft_to_target is None else logits[..., head.draft_to_target[...]]
+
+
+def _draft_ids(head: EagleHead) -> jax.Array:
+    return jnp.arange(head.config.vocab_size) if head.draft_to_target is None else head.draft_to_target[...]
 
 
 def _learnt(rows: Rows, k: int) -> jax.Array:
