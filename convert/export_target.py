@@ -10,6 +10,7 @@ that the converter made of it. The GGUF file has no vocabulary: token ids go in 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -27,7 +28,7 @@ from convert.export import llama_config, new_directory
 from convert.gguf_file import BLOCK_NAMES, NAMES
 from convert.llama import describe
 from convert.table import unfill
-from jeagle.checkpoint import load_llama
+from jeagle.checkpoint import load_config, load_llama
 from jeagle.config import LlamaConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -61,12 +62,22 @@ def write_directory(checkpoint: Path, destination: Path) -> tuple[LlamaConfig, d
     return target.config, tensors
 
 
+def check_gguf(path: Path, checkpoint: Path) -> None:
+    """Before anything is written: raises ConversionError or CheckpointError with one sentence."""
+    config = load_config(checkpoint)
+    plain = isinstance(config, LlamaConfig) and config.rope_scaling is None
+    if not plain or config.attention_bias or config.mlp_bias:
+        raise ConversionError(f"{checkpoint}: a GGUF file is written of Llamas without rope_scaling and biases alone")
+    if not path.parent.is_dir():
+        raise ConversionError(f"{path} cannot be written: {path.parent} is not a directory")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConversionError("--gguf needs the package gguf, which is not installed (pip install gguf)")
+
+
 def write_gguf(path: Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """Float32, under llama.cpp's names and with its order of the rows of Q and K."""
     from gguf import GGUFWriter
 
-    if config.rope_scaling is not None or config.attention_bias or config.mlp_bias:
-        raise ConversionError("a GGUF file is written of models without rope_scaling and biases alone")
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position)
@@ -110,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> Path:
+        if args.gguf:
+            check_gguf(args.gguf, args.checkpoint)
         config, tensors = write_directory(args.checkpoint, args.destination)
         if args.gguf:
             write_gguf(args.gguf, config, tensors)

@@ -42,15 +42,19 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-def resolve(name: str, platform: str | None = None) -> str:
+def resolve(name: str, platform: str | None = None, pages: jax.Array | jax.ShapeDtypeStruct | None = None) -> str:
     """The implementation that serves ``name`` on a platform (JAX's default one if None).
 
-    "auto" is XLA on CPUs and TPUs, and on GPUs the kernel that every shape can use. On an H100 (scripts/results/h100)
-    it is the fastest at one new position a row, with cuDNN, which reads no pages; "mosaic" is faster from 32 nodes on,
-    by 6% over 1,024 positions and 37% for 64 nodes over 32,768.
+    "auto" is XLA on CPUs and TPUs, and on GPUs the kernel that every common shape can use, or XLA where that kernel
+    cannot read ``pages``. On an H100 (scripts/results/h100) it is the fastest at one new position a row, with cuDNN,
+    which reads no pages; "mosaic" is faster from 32 nodes on, by 6% over 1,024 positions and 37% for 64 nodes over
+    32,768.
     """
     if name == "auto":
-        return "pallas" if (platform or jax.default_backend()) == "gpu" else "xla"
+        if (platform or jax.default_backend()) != "gpu":
+            return "xla"
+        kernel = import_module("pallas_kernels.tree_attention_pallas")
+        return "xla" if pages is not None and kernel.refusal(pages) else "pallas"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
     return name
@@ -77,11 +81,11 @@ def attend(
     Returns [B, T, K, G, H] in q's dtype: softmax over prefix and suffix together, merged by log-sum-exp in float32
     (arXiv:2508.08192, tree attention). A query that sees nothing gets zeros.
     """
-    compute = IMPLEMENTATIONS[resolve(implementation)]
     if layer.scales is not None:
         k_BUKH, v_BUKH = rounded(k_BUKH), rounded(v_BUKH)
 
     def of_shard(q, k, v, mask, prefix: Prefix, keys, values, scales) -> jax.Array:
+        compute = IMPLEMENTATIONS[resolve(implementation, pages=keys)]
         return compute(q, k, v, mask, keys, values, prefix.page_table_BM, prefix.start_B, prefix.length_B, scales)[0]
 
     # Heads and rows know nothing of each other: each device attends with its own.

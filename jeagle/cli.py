@@ -143,12 +143,14 @@ def _generate(args: argparse.Namespace) -> int:
         from jeagle import distributed
 
         distributed.connect(*joining)
+    from jax import process_count, process_index
+
+    if args.prompt == "-" and process_count() > 1:  # mpirun hands it to the first process alone
+        raise ValueError("standard input reaches one process only; give the prompt as an argument")
     llm = _load(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     templated = not args.raw and llm.tokenizer.chat_template
     pieces = llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params)
-    from jax import process_index
-
     if process_index():  # all compute, the first one prints
         for _ in pieces:
             pass

@@ -107,6 +107,8 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
     The programs are those that serve. Rows hold random tokens, and zeros for a context of half the capacity: what a
     round costs does not depend on what it says (of routed experts, random tokens ask for more than a text would).
     """
+    # What somebody's first request asks for beside its tokens is no part of what all later ones are decided by.
+    program = dataclasses.replace(program, num_logprobs=None, profile=None)
     programs = {plan: dataclasses.replace(program, plan=plan) for plan in plans}
     off = dataclasses.replace(program, plan=OFF)
     B, context = setting.batch, setting.capacity // 2
@@ -193,8 +195,12 @@ def save_costs(path: Path, table: CostTable, environment: dict[str, Any]) -> Non
     """Written whole or not at all: processes may share the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{secrets.token_hex(8)}")
-    draft.write_text(json.dumps(dict(environment=environment, rounds=table.rows()), indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    text = json.dumps(dict(environment=environment, rounds=table.rows()), indent=1) + "\n"
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def load_costs(path: str | Path) -> CostTable:

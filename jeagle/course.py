@@ -80,9 +80,9 @@ class Course:
 
     @property
     def state(self) -> DecodeState:
-        """Before ``start`` there is none."""
+        """Before ``seat`` there is none."""
         if self._state is None:
-            raise ValueError("the course has not been started")
+            raise ValueError("nobody has been seated yet")
         return self._state
 
     @property

@@ -1,7 +1,7 @@
 """The compiled programs of a target and its head, by bucket: prefill and the decode loop.
 
 Two programs, not one: a donated buffer that is updated and read in the same program may be copied. Executables are made
-ahead of time and kept by shape, so that every compilation is seen, counted and timed.
+ahead of time and kept by shape, so that every long compilation is seen, counted and timed.
 """
 
 from __future__ import annotations

@@ -64,6 +64,8 @@ def connect(
     except RuntimeError as error:
         if "before any JAX" in str(error):
             raise ValueError("connect() must come before JAX is used; call it first in the script") from error
+        if "only be called once" in str(error):
+            raise ValueError("connect() was called before in this process; call it once") from error
         reason = str(error).splitlines()[0]
         raise PeerError(f"the other processes did not join within {patience_seconds} s ({reason})") from error
 

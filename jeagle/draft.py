@@ -116,7 +116,8 @@ def _scores(
         warped_BFW = warp(logits_BFW, rows, filters, vocab)
         outside = warped_BFW == -jnp.inf
         temperature_B11 = rows.temperature_B[:, None, None]
-        safe_BFW = jnp.where(outside, logits_BFW + OUTSIDE, warped_BFW)
+        scaled_BFW = logits_BFW * (1 / jnp.where(temperature_B11 == 0, 1.0, temperature_B11))
+        safe_BFW = jnp.where(outside, scaled_BFW + OUTSIDE, warped_BFW)
         noisy_BFW = vocabulary.log_softmax(safe_BFW, vocab) + gumbel(rows.seed_B2, position_B1, id_W)
         coupled_BFW = vocabulary.log_softmax(noisy_BFW / COUPLING, vocab)
         score_BFW = jnp.where(temperature_B11 == 0, score_BFW, coupled_BFW)

@@ -222,13 +222,13 @@ class LLM:
     def tokenizer(self):
         """The checkpoint's transformers tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            if not self.has_tokenizer or self._checkpoint is None:
-                where = self._checkpoint or "a model given as a module"
-                raise ValueError(
-                    f"{where} has no tokenizer: give prompts as lists of token ids, or add tokenizer files"
-                )
-            self._tokenizer = load_tokenizer(self._checkpoint)
+            self._tokenizer = load_tokenizer(self._with_tokenizer("give prompts as lists of token ids"))
         return self._tokenizer
+
+    def _with_tokenizer(self, instead: str) -> Path:
+        if self._checkpoint is not None and self.has_tokenizer:
+            return self._checkpoint
+        raise ValueError(f"{self._checkpoint or 'a module'} has no tokenizer: {instead}, or add tokenizer files")
 
     @property
     def compiled_programs(self) -> list[CompiledProgram]:
@@ -250,7 +250,9 @@ class LLM:
         listed = as_list(prompts)
         params = one_each(sampling_params, len(listed))
         # A tokenizer that is damaged, or missing where stop strings need it, is said before anything runs.
-        tokenizer = self.tokenizer if self.has_tokenizer or any(p.stop for p in params) else None
+        if any(p.stop for p in params):
+            self._with_tokenizer("give stop_token_ids instead of stop strings")
+        tokenizer = self.tokenizer if self.has_tokenizer else None
         ids = [self._encode(prompt, p, index) for index, (prompt, p) in enumerate(zip(listed, params, strict=True))]
         rows = make_rows(ids, params, self.config.eos_token_ids)
         done: dict[tuple[int, int], Finished] = {}
@@ -298,6 +300,7 @@ class LLM:
         (params,) = one_each(sampling_params, 1)
         if params.n != 1:
             raise ValueError(f"stream gives one text; n must be 1, got {params.n}")
+        self._with_tokenizer("use generate, as a stream is of text")
         row = make_rows([self._encode(plain_ids(prompt), params, 0)], [params], self.config.eos_token_ids)[0]
         return self._stream(row, self.tokenizer, speculative)
 

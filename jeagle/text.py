@@ -116,8 +116,8 @@ class Detokenizer:
     """Turns one row's ids into text, token by token.
 
     Text is released when it can no longer change: a token that ends inside a UTF-8 character waits for the rest, and an
-    ending that may be the start of a stop string waits until it is not. ``finish_reason`` turns "stop" at a stop
-    string; the text then ends exactly before it, and later ids are ignored.
+    ending that may be the start of a stop string waits until it is not. At one ``stop_reason`` becomes it,
+    and the text then ends exactly before it, and later ids are ignored.
 
     prompt_ids: what the ids follow, of which a few are context: prompt and text joined are one text. Without them
     SentencePiece leaves out the first space.

@@ -123,10 +123,11 @@ class StaticTree:
 
     def __post_init__(self) -> None:
         _check_lookup(self.lookup)
-        paths = tuple(sorted({tuple(p) for p in self.paths}, key=lambda p: (len(p), p)))
-        for path in paths:
+        for path in map(tuple, self.paths):
             if not path or any(not isinstance(r, int) or r < 0 for r in path):
                 raise ValueError(f"tree path {path!r} must be a non-empty list of child ranks, each 0 or more")
+        paths = tuple(sorted({tuple(p) for p in self.paths}, key=lambda p: (len(p), p)))
+        for path in paths:
             if len(path) > 1 and path[:-1] not in paths:
                 raise ValueError(f"tree path {list(path)} has no parent: add the path {list(path[:-1])}")
         object.__setattr__(self, "paths", paths)

@@ -16,6 +16,7 @@ JAX deprecated Pallas' Triton lowering in 0.11; this file is all that depends on
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -50,10 +51,8 @@ def tree_attention(
         counts their bytes in signed 32 bits).
     """
     B, T, K, G, H = q_BTKGH.shape
-    if H < 16 or power_of_two(H) != H:
-        raise NotImplementedError(f"attention 'pallas': head width {H} is not a power of two of at least 16")
-    if pages_k.dtype.itemsize == 1 and 2**31 < pages_k.size <= 2**32:
-        raise NotImplementedError(f"attention 'pallas': 8-bit pages {pages_k.shape} lie between 2 and 4 GiB")
+    if refused := refusal(pages_k):
+        raise NotImplementedError(f"attention 'pallas': {refused}; 'xla' has no such limits")
     capacity = page_table_BM.shape[1] * pages_k.shape[2]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=capacity, dtype=q_BTKGH.dtype)
     operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v)
@@ -63,6 +62,16 @@ def tree_attention(
         cpu=partial(_launch, plan=p, interpret=True),
         default=partial(_launch, plan=p, interpret=False),
     )
+
+
+def refusal(pages: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Why the kernel cannot read pages [.., H]; empty where it can."""
+    H = pages.shape[-1]
+    if H < 16 or power_of_two(H) != H:
+        return f"head width {H} is not a power of two of at least 16"
+    if pages.dtype.itemsize == 1 and 2**31 < math.prod(pages.shape) <= 2**32:
+        return f"8-bit pages {pages.shape} lie between 2 and 4 GiB"
+    return ""
 
 
 def _launch(*operands: jax.Array, plan: Plan, interpret: bool) -> tuple[jax.Array, jax.Array]:

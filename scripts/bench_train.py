@@ -35,6 +35,7 @@ import optax
 from common import environment, write_result
 from flax import nnx
 from products import count_products, products_by_hand
+from reporting import check_outputs
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -248,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+        check_outputs(args.out, None)
         here = environment()
         recipe = load_recipe(args.recipe)
         target, head = load_pair(recipe, args.shape)

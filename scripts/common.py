@@ -88,6 +88,8 @@ def load_questions(path: str | Path, limit: int | None = None) -> list[Question]
     ValueError with one sentence.
     """
     path = Path(path)
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit must be at least 1 question, got {limit}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028 within a text
     except FileNotFoundError:

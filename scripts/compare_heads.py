@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from common import environment, write_result
 from flax import nnx
-from reporting import make_console, new_table
+from reporting import check_outputs, make_console, new_table
 from tqdm import tqdm
 
 from jeagle.checkpoint import load_llama
@@ -38,7 +38,7 @@ from jeagle.text import load_tokenizer
 from jeagle.training.documents import Document
 from jeagle.training.packing import Loader, Rows, groups, pack
 from jeagle.training.recipe import Recipe, RecipeError, load_recipe
-from jeagle.training.run import load_documents, starting_head
+from jeagle.training.run import check_length, load_documents, starting_head
 from jeagle.training.step import Trainable
 from jeagle.training.trainer import make_optimizer
 from jeagle.training.unroll import Measures, Teacher, learn, num_learnt, target_probabilities, teach
@@ -95,6 +95,9 @@ def changed(recipe: Recipe, text: str, updates: int) -> Recipe:
     unknown = set(table) - set(CHANGEABLE)
     if unknown:
         raise RecipeError(f"variant {text!r} changes {unknown.pop()}; it may change {', '.join(CHANGEABLE)}")
+    for section, fields in table.items():
+        if not isinstance(fields, dict):
+            raise RecipeError(f"variant {text!r}: {section} must be a table, such as '{section}.FIELD = VALUE'")
     base = recipe.to_json()
     for section, fields in table.items():
         base[section] |= fields
@@ -126,6 +129,7 @@ def main() -> int:
     args = parser.parse_args()
     about = environment()
     try:
+        check_outputs(args.out, None)
         base = load_recipe(args.recipe)
         if base.data.held_out < 1 or args.measured_rows < 1:
             raise RecipeError(
@@ -135,6 +139,7 @@ def main() -> int:
         recipes = {text: changed(base, text, args.updates) for text in args.variants}
         directory = locate(base.target, cache_directory(), kind="llama")
         target = load_llama(directory, dtype=base.run.dtype)
+        check_length(base, target.config)
         learnt, measured = load_documents(base, target.config, load_tokenizer(directory))
         options: Any = dict(long_documents=base.data.long_documents)
         rows, held = (pack(d, base.data.pack_length, **options) for d in (learnt, measured))

@@ -102,6 +102,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
     args = parser.parse_args()
     try:
+        if args.every < 1:
+            raise ValueError(f"--every must be at least 1, got {args.every}")
         check_outputs(args.out, None)
         here = environment()
         found = compare(args)

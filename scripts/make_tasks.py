@@ -21,23 +21,26 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from jeagle.training.documents import DataError, read_json_lines
+from jeagle.training.prompts import read_conversations
 
 TASKS = Path(__file__).with_name("data") / "tasks.toml"
+BLANK, NUMBERS = re.compile(r"\{([a-z0-9_-]+)\}"), re.compile(r"(\d+)-(\d+)")
 PASSAGE_WORDS = 40, 160  # fewest, most
-TRIES = 20  # per prompt that is wanted
+TRIES = 200  # in a row that gave nothing new, until a kind has run out
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 for an error said in one sentence, 2 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, help='JSON lines {"kind": ..., "messages": [...]}')
-    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--count", type=int, required=True, help="how many prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--passages", type=Path, required=True, help='JSON lines {"messages": [...]}: answers to quote')
     parser.add_argument("--tasks", type=Path, default=TASKS, help="templates and lists, TOML")
     args = parser.parse_args(argv)
     try:
+        if args.count < 1:
+            raise ValueError(f"--count must be at least 1, got {args.count}")
         made = tasks(read_tables(args.tasks), read_passages(args.passages), args.count, args.seed)
         args.out.write_text("".join(json.dumps(task) + "\n" for task in made), encoding="utf-8")
     except (ValueError, OSError) as error:
@@ -52,14 +55,15 @@ def tasks(tables: dict[str, Any], passages: list[str], count: int, seed: int) ->
     kinds: dict[str, list[str]] = tables["templates"]
     blanks = {**tables["blanks"], "passage": passages}
     made: dict[str, str] = {}  # kinds by prompts
-    for _ in range(TRIES * count):
-        if len(made) == count:
-            break
+    tries = 0
+    while len(made) < count:
         kind = list(kinds)[len(made) % len(kinds)]
         text = fill(rng.choice(kinds[kind]), blanks, rng)
-        made.setdefault(text[:1].upper() + text[1:], kind)
-    if len(made) < count:
-        raise ValueError(f"the templates make no more than {len(made)} different prompts; ask for fewer or add some")
+        text = text[:1].upper() + text[1:]
+        tries = 0 if text not in made else tries + 1
+        if tries == TRIES:
+            raise ValueError(f"[templates] {kind} makes hardly more than {len(made) // len(kinds)} prompts; add to it")
+        made.setdefault(text, kind)
     return [{"kind": kind, "messages": [{"role": "user", "content": text}]} for text, kind in made.items()]
 
 
@@ -73,7 +77,7 @@ def fill(template: str, blanks: dict[str, list[str]], rng: random.Random) -> str
 
     def choose(match: re.Match[str]) -> str:
         name = match[1]
-        if numbers := re.fullmatch(r"(\d+)-(\d+)", name):
+        if numbers := NUMBERS.fullmatch(name):
             return str(rng.randint(int(numbers[1]), int(numbers[2])))
         if name not in blanks:
             raise ValueError(f"there is no list for the blank {{{name}}} of {template!r}; add one")
@@ -84,7 +88,7 @@ def fill(template: str, blanks: dict[str, list[str]], rng: random.Random) -> str
         used.add(entry)
         return entry if name == "passage" else fill(entry, blanks, rng)
 
-    return re.sub(r"\{([a-z0-9_-]+)\}", choose, template)
+    return BLANK.sub(choose, template)
 
 
 def read_tables(path: Path) -> dict[str, Any]:
@@ -93,9 +97,18 @@ def read_tables(path: Path) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of TOML or UTF-8
         raise ValueError(f"{path} is not TOML: {error}") from error
-    for name in ("templates", "blanks"):
-        if not isinstance(tables.get(name), dict):
-            raise ValueError(f"{path} has no [{name}], lists of texts by name; add it")
+    for part in ("templates", "blanks"):
+        lists = tables.get(part)
+        if not isinstance(lists, dict) or (part == "templates" and not lists):
+            raise ValueError(f"{path} has no [{part}], lists of texts by name; add it")
+        for name, texts in lists.items():
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{path}: {name} of [{part}] must be a list of texts, at least one")
+            for blank in (blank for text in texts for blank in BLANK.findall(text)):
+                if blank == name and part == "blanks":
+                    raise ValueError(f"{path}: {name} of [blanks] has the blank {{{name}}} itself; take it out")
+                if (numbers := NUMBERS.fullmatch(blank)) and int(numbers[1]) > int(numbers[2]):
+                    raise ValueError(f"{path}: {name} of [{part}] has {{{blank}}}, of which the first must be the less")
     return tables
 
 
@@ -104,12 +117,10 @@ def read_passages(path: Path) -> list[str]:
     say only that they cannot help). Raises DataError, or ValueError where none is left."""
     fewest, most = PASSAGE_WORDS
     passages = []
-    for number, record in read_json_lines(path):
-        answers = [said["content"] for said in record.get("messages", []) if said["role"] == "assistant"]
-        if not answers:
-            raise DataError(f'{path}, line {number} has no answer; give conversations, {{"messages": [...]}}')
+    for said in read_conversations(path):
         passage = ""
-        for sentence in re.split(r"(?<=[.!?])\s+", answers[0]):
+        answer = next((message["content"] for message in said if message["role"] == "assistant"), "")
+        for sentence in re.split(r"(?<=[.!?])\s+", answer):
             if len(f"{passage} {sentence}".split()) > most:
                 break
             passage = f"{passage} {sentence}".strip()

@@ -152,6 +152,9 @@ def main() -> int:
         first, *more = args.temperature
         if len(more) > 1 or (more and (first != 0 or more[0] == 0)):
             raise ValueError(f"--temperature takes one number, or 0 and another, got {args.temperature}")
+        for name, least in (("nodes", 2), ("depths", 1), ("batch", 1), ("ranks", 1)):
+            if np.min(getattr(args, name)) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         check_outputs(args.out, None)
         here = environment()
         wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)

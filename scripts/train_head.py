@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jeagle.checkpoint import is_checkpoint, read_source
 from jeagle.training.recipe import RecipeError, load_recipe
 from jeagle.training.run import prepare
+from jeagle.training.shards import alone_in
 from jeagle.training.trainer import TrainingError
 
 
@@ -46,7 +47,7 @@ def draw(metrics: Path, picture: Path) -> None:
     for k in range(depth):
         source, style = (held, "o-") if held else (steps, "-")
         plot(match, source, lambda r, k=k: r["match"][k], style, f"position {k + 1}")
-    for name, label in (("tau_greedy", "greedy"), ("tau_sampled", "temperature 1")):
+    for name, label in (("tau_greedy", "greedy"), ("tau_sampled", "sampled")):
         plot(tau, steps, lambda r, n=name: r[n], "-", f"{label}, training")
         plot(tau, held, lambda r, n=name: r[n], "o--", f"{label}, held out")
     titles = (
@@ -124,9 +125,10 @@ def main() -> int:
             if trainer.step == recipe.run.steps:
                 head = args.directory / "head"
                 # A head of these very weights stays, and a trees.json searched for it; one of a shorter run goes.
-                if trainer.step > begun or steps_of(head) != trainer.step:
-                    shutil.rmtree(head, ignore_errors=True)
-                    trainer.export(head, source={**run.source, "steps": trainer.step})
+                with alone_in(args.directory, TrainingError):
+                    if trainer.step > begun or steps_of(head) != trainer.step:
+                        shutil.rmtree(head, ignore_errors=True)
+                        trainer.export(head, source={**run.source, "steps": trainer.step})
                 progress.console.print(f"the head is in {head}")
             trainer.close()
     except (ValueError, OSError, TrainingError) as error:

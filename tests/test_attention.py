@@ -138,6 +138,15 @@ def test_when_a_cache_is_taken_whole():
 
 def test_names_are_resolved_and_never_replaced():
     assert resolve("auto", "cpu") == "xla" and resolve("auto", "gpu") == "pallas"
+    # What the kernel would refuse on a GPU is XLA's: Llamas with heads of 96 or 100, and pages of 2 to 4 GiB.
+    for shape, dtype, chosen in (
+        ((2, 9, 16, 128), "bfloat16", "pallas"),
+        ((2, 9, 16, 100), "bfloat16", "xla"),
+        ((2, 9, 16, 8), "float32", "xla"),
+        ((8, 2**18, 16, 64), "float8_e4m3fn", "pallas"),
+        ((8, 2**18 + 1, 16, 64), "float8_e4m3fn", "xla"),
+    ):
+        assert resolve("auto", "gpu", jax.ShapeDtypeStruct(shape, dtype)) == chosen
     for name in IMPLEMENTATIONS:
         assert resolve(name) == name
     with pytest.raises(ValueError, match=r"'cuda' is unknown; choose one of \['auto', .*'xla'"):

@@ -255,13 +255,14 @@ def test_a_checkpoint_without_tokenizer(pairs, random_llm):
     assert bare.outputs[0].token_ids == full.outputs[0].token_ids
     assert bare.outputs[0].text == "" != full.outputs[0].text
     messages = [{"role": "user", "content": "hi"}]
-    for call in (
-        lambda: llm.generate("text"),
-        lambda: llm.generate([5], SamplingParams(stop="x")),
-        lambda: llm.stream([5]),
-        lambda: llm.chat(messages),
+    ids = "give prompts as lists of token ids"
+    for call, mend in (
+        (lambda: llm.generate("text"), ids),
+        (lambda: llm.chat(messages), ids),
+        (lambda: llm.generate([5], SamplingParams(stop="x")), "give stop_token_ids instead of stop strings"),
+        (lambda: llm.stream([5]), "use generate, as a stream is of text"),
     ):
-        with pytest.raises(ValueError, match="ids has no tokenizer: give prompts as lists of token ids"):
+        with pytest.raises(ValueError, match=f"ids has no tokenizer: {mend}, or add tokenizer files"):
             call()
 
 

@@ -44,7 +44,7 @@ def test_every_template_and_every_entry_can_be_filled():
         tables = make_tasks.tomllib.load(file)
     rng, blanks = make_tasks.random.Random(0), {**tables["blanks"], "passage": ["A passage."]}
     for template in [t for part in (tables["templates"], tables["blanks"]) for texts in part.values() for t in texts]:
-        assert "{" not in make_tasks.fill(template.replace("{print $2}", ""), blanks, rng)
+        assert "{" not in make_tasks.fill(template, blanks, rng).replace("{print $2}", "")
 
 
 def test_none_is_near_an_evaluation_question(tmp_path):
@@ -66,10 +66,16 @@ def test_blanks_differ_within_a_prompt():
     ("tables", "count", "said"),
     [
         ('[templates]\na = ["{what}"]\n[blanks]\n', 1, "there is no list for the blank {what}"),
-        ('[templates]\na = ["{what}"]\n[blanks]\nwhat = ["x", "y"]\n', 3, "make no more than 2 different prompts"),
+        ('[templates]\na = ["{what}"]\n[blanks]\nwhat = ["x", "y"]\n', 3, "a makes hardly more than 2 prompts"),
+        ('[templates]\na = ["x"]\n[blanks]\nwhat = ["a {what}"]\n', 1, "what of [blanks] has the blank {what} itself"),
+        ('[templates]\na = "x"\n[blanks]\n', 1, "a of [templates] must be a list of texts"),
+        ("[templates]\na = [3]\n[blanks]\n", 1, "a of [templates] must be a list of texts"),
+        ('[templates]\na = ["{9-3}"]\n[blanks]\n', 1, "has {9-3}, of which the first must be the less"),
+        ('[templates]\na = ["x"]\n[blanks]\n', 0, "--count must be at least 1, got 0"),
         ('[templates]\na = ["{what} {what}"]\n[blanks]\nwhat = ["x"]\n', 1, "has more blanks {what} than its list"),
         ("[templates\n", 1, "is not TOML"),
-        ("[templates]\n", 1, "has no [blanks]"),
+        ('[templates]\na = ["x"]\n', 1, "has no [blanks]"),
+        ("[templates]\n[blanks]\n", 1, "has no [templates]"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, capsys, tables, count, said):
@@ -83,10 +89,11 @@ def test_tables_that_cannot_be_used(tmp_path, capsys, tables, count, said):
 def test_passages(tmp_path):
     long = " ".join(["word"] * 50)
     answers = [f"{long}. {long}. {long}. {long}.", "Too short.", f"I think that {long}.", f"{long} without an end"]
-    lines = [json.dumps({"messages": [{"role": "assistant", "content": text}]}) for text in answers]
+    ask = {"role": "user", "content": "?"}
+    lines = [json.dumps({"messages": [ask, {"role": "assistant", "content": text}]}) for text in answers]
     path = write(tmp_path / "answers.jsonl", "\n".join(lines))
     assert make_tasks.read_passages(path) == [f"{long}. {long}. {long}."]
     with pytest.raises(ValueError, match="no answer has 40 words in whole sentences"):
         make_tasks.read_passages(write(path, lines[1]))
-    with pytest.raises(ValueError, match="line 1 has no answer"):
-        make_tasks.read_passages(write(path, '{"messages": [{"role": "user", "content": "x"}]}'))
+    with pytest.raises(ValueError, match="line 1 is not"):
+        make_tasks.read_passages(write(path, '{"messages": [{"role": "assistant"}]}'))

@@ -19,7 +19,7 @@ from helpers import tiny_llama
 from jeagle.checkpoint import load_eagle
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.llama4_config import Llama4Config
-from jeagle.training.documents import DataError, Document
+from jeagle.training.documents import DataError, Document, fingerprint
 from jeagle.training.initial import new_head
 from jeagle.training.packing import Loader, Rows, pack
 from jeagle.training.recipe import (
@@ -271,12 +271,37 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
     t = trainer(tmp_path, recipe())
+    t.train(until=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # of the step that the other process is at
+        file.write('{"step": 3}\n')
+    before = (tmp_path / "metrics.jsonl").read_bytes()
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(TrainingError, match="another process is writing"):
-        t.train()
+    for begin in (t.train, lambda: trainer(tmp_path, recipe(run={"steps": 9}))):
+        with pytest.raises(TrainingError, match="another process is writing"):
+            begin()
     os.close(lock)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["run"]["steps"] == 6
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its recipe knows nothing of fields that came later."""
+    trainer(tmp_path, recipe()).train(until=2)
+    path = tmp_path / "run.json"
+    old = json.loads(path.read_text())
+    del old["recipe"]["objective"]["own_temperature"], old["recipe"]["head"]["copy_heads"]
+    path.write_text(json.dumps(old))
+    assert trainer(tmp_path, recipe()).step == 2
+    path.write_text(json.dumps(old))
+    with pytest.raises(TrainingError, match=r"a run with another recipe\.objective\.own_temperature"):
+        trainer(tmp_path, recipe(objective={"own_temperature": True}))
+
+
+def test_temperatures_are_part_of_the_data_where_they_matter():
+    cold, hot = ([replace(d, temperature=t) for d in documents(3)] for t in (0.0, 1.0))
+    assert fingerprint(cold, temperatures=False) == fingerprint(hot, temperatures=False)
+    assert fingerprint(cold, temperatures=True) != fingerprint(hot, temperatures=True)
 
 
 def test_packing_keeps_every_token_once():

@@ -211,14 +211,14 @@ def test_answers_are_judged_at_their_own_temperature(top_k):
     teacher, (hidden,) = run_student(head, target, rows, 1)
     logits_TV = np.asarray(target.logits(teacher.hidden_BTD)[0])
     ids = np.asarray(head.draft_to_target[...])
-    q_TW = np.asarray(jax.nn.softmax(head.logits(hidden, target)[0], axis=-1))
+    draft_TW = np.asarray(head.logits(hidden, target)[0])
     alpha = 0.0
     for i in (i for i in range(23) if i % 8 < 7):
-        if t_T[i + 1]:
-            p_V = np.asarray(jax.nn.softmax(logits_TV[i + 1] / t_T[i + 1]))
+        if t := t_T[i + 1]:
+            p_V, q_W = (np.asarray(jax.nn.softmax(x / t)) for x in (logits_TV[i + 1], draft_TW[i]))
         else:
-            p_V = np.eye(97)[logits_TV[i + 1].argmax()]
-        alpha += np.minimum(p_V[ids], q_TW[i]).sum()
+            p_V, q_W = np.eye(97)[logits_TV[i + 1].argmax()], np.asarray(jax.nn.softmax(draft_TW[i]))
+        alpha += np.minimum(p_V[ids], q_W).sum()
     assert float(measures.alpha[0]) == pytest.approx(alpha, rel=1e-4)
 
     graph, params, rest = nnx.split(head, nnx.Param, ...)

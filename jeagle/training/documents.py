@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +85,20 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} is not JSON lines ({error}); make the file again") from error
 
 
-def fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 of ids and masks: the same data, whatever files it came in."""
+def fingerprint(documents: Iterable[Document], *, temperatures: bool) -> str:
+    """SHA-256 of ids and masks, and of temperatures where they matter: the same data, whatever files it came in."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(np.int64(len(document)).tobytes() + document.token_n.tobytes() + document.response_n.tobytes())
+        if temperatures:
+            digest.update(repr(document.temperature).encode())
     return digest.hexdigest()
 
 
 def _document(record: dict[str, Any], tokenizer: Tokenizer, end_of_turn: int) -> Document:
     temperature = None if record.get("temperature") is None else float(record["temperature"])
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"its temperature must be 0 or more, not {temperature}")
     if "token_ids" in record:
         ids = np.asarray(record["token_ids"], np.int32).reshape(-1)
         response = np.zeros(len(ids), bool)
@@ -106,7 +111,7 @@ def _document(record: dict[str, Any], tokenizer: Tokenizer, end_of_turn: int) ->
         return dataclasses.replace(document, temperature=temperature)
     if "text" in record:
         ids = np.asarray(encode(tokenizer, record["text"]), np.int32)
-        return Document(ids, np.ones(len(ids), bool))
+        return Document(ids, np.ones(len(ids), bool), temperature)
     raise ValueError(f"it has none of token_ids, messages and text, but {sorted(record)}")
 
 

@@ -65,7 +65,7 @@ def prepare(
 
     vocabulary = vocabulary_hash(target_dir)
     identity = {
-        "documents": fingerprint([*learnt, *measured]),
+        "documents": fingerprint([*learnt, *measured], temperatures=recipe.objective.own_temperature),
         "vocabulary": vocabulary,
         "draft_vocabulary": _digest(head),
         # Of the weights, a converted target's source.json has the hashes of the files they are from.

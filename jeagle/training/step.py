@@ -134,7 +134,9 @@ def make_step(
 def make_evaluation(
     parts: Trainable, objective: Objective, *, mesh: Mesh, dtype: jnp.dtype
 ) -> Callable[[Any, Rows], Measures]:
-    """``evaluate(params, rows [R, T]) -> Measures``: no noise, no update."""
+    """``evaluate(params, rows [R, T]) -> Measures``: no noise, no update, and all at temperature 1, so that figures of
+    different objectives can be compared."""
+    objective = objective._replace(own_temperature=False)
 
     def evaluate(params, target_params, tables, rows: Rows) -> Measures:
         target, head = parts.target(target_params), parts.head(params, tables, dtype)

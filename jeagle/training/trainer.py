@@ -99,11 +99,17 @@ class Trainer:
         self.state = jax.device_put(TrainState(params, optimizer.init(params), jnp.int32(0)), replicated(self.mesh))
         with _explained(self.directory, 0):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._agree({"recipe": recipe.to_json(), **identity})
-            self._manager = ocp.CheckpointManager(
-                self.directory / "checkpoints",
-                options=ocp.CheckpointManagerOptions(max_to_keep=run.keep, enable_async_checkpointing=False),
-            )
+            with alone_in(self.directory, TrainingError):
+                self._open(identity)
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        """Begin in the directory, or go on from its newest checkpoint."""
+        run = self.recipe.run
+        self._agree({"recipe": self.recipe.to_json(), **identity})
+        self._manager = ocp.CheckpointManager(
+            self.directory / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=run.keep, enable_async_checkpointing=False),
+        )
         self.saved = self._manager.latest_step() or 0
         if self.saved > run.steps:
             raise TrainingError(
@@ -193,6 +199,8 @@ class Trainer:
         text = json.dumps(identity, indent=1) + "\n"
         if path.exists():
             old, new = json.loads(path.read_text()), json.loads(text)
+            # A run of an older version lacks the fields that came later; it was made with what they are by default.
+            old["recipe"] = json.loads(json.dumps(Recipe.from_table(old["recipe"], str(path)).to_json()))
             for run in (old, new):
                 for section, names in RESUMABLE.items():
                     for name in names:

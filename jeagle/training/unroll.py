@@ -270,7 +270,8 @@ def _compare(head, target, teacher: Teacher, p_BTW, o: Objective, hidden_BTD, fe
     T = hidden_BTD.shape[1]
     ahead = slice(k + 1, None)
     logits_BTW = head.logits(hidden_BTD[:, : T - k - 1], target)
-    log_q = jax.nn.log_softmax(logits_BTW, axis=-1)
+    scale_BT1 = teacher.scale_BT[:, ahead, None]  # decoding divides the head's logits by the temperature as well
+    log_q = jax.nn.log_softmax(jnp.where(scale_BT1 > 0, scale_BT1, 1.0) * logits_BTW, axis=-1)
     draft_best = vocabulary.argmax(logits_BTW, Across(None))
     if p_BTW is not None:
         p = p_BTW[:, ahead]
