@@ -81,6 +81,7 @@ def attend(
     Returns [B, T, K, G, H] in q's dtype: softmax over prefix and suffix together, merged by log-sum-exp in float32
     (arXiv:2508.08192, tree attention). A query that sees nothing gets zeros.
     """
+    resolve(implementation)  # an unknown name is said at once
     if layer.scales is not None:
         k_BUKH, v_BUKH = rounded(k_BUKH), rounded(v_BUKH)
 

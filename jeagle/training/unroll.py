@@ -68,9 +68,7 @@ class Objective(NamedTuple):
     token_weight: float = 1.0
     feature_weight: float = 0.0  # of smooth-L1 against the target's hidden states (EAGLE-1: 1.0, with token_weight 0.1)
     top_k: int | None = None  # hold the head against the target's k likeliest ids and one class for the rest
-    own_temperature: bool = (
-        False  # .. and against the target at the temperature of the answer, at 0 its choice, not at 1
-    )
+    own_temperature: bool = False  # the target at the temperature of the answer, at 0 its choice alone, and not at 1
     feature_noise: float = 0.0  # half-width of uniform noise on the target's features
     remat: bool = False  # make each step's logits again in the backward pass instead of keeping them
 
@@ -117,8 +115,8 @@ def teach(
     """Run the frozen target over packed rows: tokens [B, T] -> ``Teacher``. The options are ``Objective``'s."""
     forward = target.run(rows.token_BT, rows.position_BT, packed_attention(rows), taps=head.config.taps)
     if own_temperature:
-        t_BT = rows.temperature_BT
-        scale_BT = jnp.where(t_BT > 0, 1.0 / jnp.where(t_BT > 0, t_BT, 1.0), 0.0)
+        warm_BT = rows.temperature_BT > 1e-30  # as in sampling
+        scale_BT = jnp.where(warm_BT, 1.0 / jnp.where(warm_BT, rows.temperature_BT, 1.0), 0.0)
     else:
         scale_BT = jnp.ones(rows.token_BT.shape, jnp.float32)
 
