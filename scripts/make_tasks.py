@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--count must be at least 1, got {args.count}")
         made = tasks(read_tables(args.tasks), read_passages(args.passages), args.count, args.seed)
         args.out.write_text("".join(json.dumps(task) + "\n" for task in made), encoding="utf-8")
+    except RecursionError:
+        print(f"error: {args.tasks}: two of [blanks] have each other's blanks; take one of these out", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -68,6 +68,7 @@ def test_blanks_differ_within_a_prompt():
         ('[templates]\na = ["{what}"]\n[blanks]\n', 1, "there is no list for the blank {what}"),
         ('[templates]\na = ["{what}"]\n[blanks]\nwhat = ["x", "y"]\n', 3, "a makes hardly more than 2 prompts"),
         ('[templates]\na = ["x"]\n[blanks]\nwhat = ["a {what}"]\n', 1, "what of [blanks] has the blank {what} itself"),
+        ('[templates]\na = ["{b}"]\n[blanks]\nb = ["{c}"]\nc = ["{b}"]\n', 1, "have each other's blanks"),
         ('[templates]\na = "x"\n[blanks]\n', 1, "a of [templates] must be a list of texts"),
         ("[templates]\na = [3]\n[blanks]\n", 1, "a of [templates] must be a list of texts"),
         ('[templates]\na = ["{9-3}"]\n[blanks]\n', 1, "has {9-3}, of which the first must be the less"),
