@@ -104,10 +104,11 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
     """Seconds of a round of ``program`` under each plan: the median over launches, the plans in turn. Nothing is looked
     up, so that the head drafts in every round of a plan that has one.
 
-    The programs are those that serve. Rows hold random tokens, and zeros for a context of half the capacity: what a
-    round costs does not depend on what it says (of routed experts, random tokens ask for more than a text would).
+    The programs are those that serve, less what a request asks for beside its tokens. Rows hold random tokens, and
+    zeros for a context of half the capacity: what a round costs does not depend on what it says (of routed experts,
+    random tokens ask for more than a text would).
     """
-    # What somebody's first request asks for beside its tokens is no part of what all later ones are decided by.
+    # All later requests are decided by what the first one's are measured at.
     program = dataclasses.replace(program, num_logprobs=None, profile=None)
     programs = {plan: dataclasses.replace(program, plan=plan) for plan in plans}
     off = dataclasses.replace(program, plan=OFF)
