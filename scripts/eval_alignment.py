@@ -41,7 +41,7 @@ def unrolled(definitions, params, rows: Rows) -> jax.Array:
     """bool [T]: at i, whether the draft of the token at i + 2, made of the feature at i, is the target's choice."""
     target, head = (nnx.merge(d, p) for d, p in zip(definitions, params, strict=True))
     teacher = teach(target, head, rows)
-    ((_, hidden_1TD),) = unroll(head, target, rows, teacher.feature_BTX, 1)
+    (hidden_1TD,) = unroll(head, target, rows, teacher.feature_BTX, 1)
     draft_T = jnp.argmax(head.logits(hidden_1TD[0], target), axis=-1)
     if head.draft_to_target is not None:
         draft_T = head.draft_to_target[...][draft_T]

@@ -65,6 +65,7 @@ def products_by_hand(target: LlamaConfig, head: EagleConfig, recipe: Recipe) -> 
         fc = [2 * D * D] * K
         fc_input = [head.input_norms or head.own_embedding, *[True] * (K - 1)]
     fc_backward = sum(f * (1 + wanted) for f, wanted in zip(fc, fc_input, strict=True))
+    fc_forward = sum(fc) * (1 + (objective.remat and head.fusion != "attention"))  # at every step, or before the first
     lm_head = sum(2 * B * (T - k - 1) * D * W for k in range(K))
     again = objective.top_k is None  # the target's probabilities of the draft vocabulary, made in every update
     unrolled = head.num_layers * sum(attention(head, T + k) for k in range(K))
@@ -74,9 +75,9 @@ def products_by_hand(target: LlamaConfig, head: EagleConfig, recipe: Recipe) -> 
         "target LM head": 2 * B * T * target.width * target.vocab_size,
         "target LM head, again": everywhere * again * target.width * W,
         "target attention": target.num_layers * attention(target, T),
-        "head blocks, forward": everywhere * (K * blocks + sum(fc)),
+        "head blocks, forward": everywhere * ((1 + objective.remat) * K * blocks + fc_forward),
         "head blocks, backward": everywhere * (2 * K * blocks + fc_backward),
         "head LM head, forward": run.echo * (1 + objective.remat) * lm_head,
         "head LM head, backward": run.echo * (1 + head.own_lm_head) * lm_head,
-        "head attention": run.echo * 3 * unrolled,
+        "head attention": run.echo * (3 + objective.remat) * unrolled,
     }

@@ -44,8 +44,8 @@ def test_heads_that_copy_draft_what_followed_before(norm_before_residual, monkey
 
     def drafted() -> np.ndarray:
         teacher = teach(target, head, rows)
-        step = next(iter(unroll(head, target, rows, teacher.feature_BTX, 1)))
-        return np.asarray(jnp.argmax(head.logits(step[1], target), axis=-1))[:, HALF : 2 * HALF - 2]
+        hidden_BTD = next(iter(unroll(head, target, rows, teacher.feature_BTX, 1)))
+        return np.asarray(jnp.argmax(head.logits(hidden_BTD, target), axis=-1))[:, HALF : 2 * HALF - 2]
 
     wanted = rows.token_BT[:, HALF + 2 :]
     assert np.mean(drafted() == wanted) < 0.1

@@ -81,7 +81,7 @@ def test_decoding_accepts_what_training_says_it_will(smollm2_dir):
     def best_drafts(models, rows):
         target, head = models
         feature_BTX = target.run(rows.token_BT, rows.position_BT, packed_attention(rows), taps=head.config.taps)[1]
-        hidden = [h for _, h in unroll(head, target, rows, feature_BTX, DEPTH)]
+        hidden = list(unroll(head, target, rows, feature_BTX, DEPTH))
         return [jnp.argmax(head.logits(h, target), axis=-1) for h in hidden]
 
     found = np.zeros(DEPTH + 1, int)

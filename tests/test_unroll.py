@@ -14,6 +14,8 @@ from jeagle.decoder import Batch, Decoder
 from jeagle.draft import propose
 from jeagle.eagle import EagleHead
 from jeagle.sampling import Filters, SamplingParams
+from jeagle.sharding import data_mesh, replicated, split_rows
+from jeagle.training import unroll as unrolling
 from jeagle.training.losses import LOSSES, acceptance, lump
 from jeagle.training.packing import Rows
 from jeagle.training.unroll import Objective, begun, learn, num_learnt, teach, unroll
@@ -77,7 +79,7 @@ def chain_drafter(target, head):
 def run_student(head, target, rows, depth):
     """The teacher, and what the LM head reads at every depth."""
     teacher = teach(target, head, rows)
-    return teacher, [hidden for _, hidden in unroll(head, target, rows, teacher.feature_BTX, depth)]
+    return teacher, list(unroll(head, target, rows, teacher.feature_BTX, depth))
 
 
 def loss_and_measures(head, target, rows, objective):
@@ -126,6 +128,25 @@ def test_documents_of_a_row_do_not_see_each_other():
     assert num_learnt(rows, 3).tolist() == [24 - 3 * 2, 24 - 3 * 3, 24 - 3 * 4]
     loss, measures = judge(head, target, rows, objective)
     assert measures.num.tolist() == num_learnt(rows, 3).tolist() and np.isfinite(loss)
+
+
+def test_devices_make_the_targets_logits_of_their_own_rows(monkeypatch):
+    """Chunk by chunk, and no device gathers what another one has."""
+    monkeypatch.setattr(unrolling, "CHUNK", 16)
+    target = tiny_llama()
+    head = make_head(target, kind="eagle3", draft_vocab_size=40)
+    mesh = data_mesh()
+    tokens = np.random.default_rng(0).integers(0, 97, 24).tolist()
+    rows = Rows(*(np.repeat(x, mesh.size, axis=0) for x in one_document(tokens, before=0, after=0)))
+    definition, params = nnx.split((target, head))
+
+    def taught(params, rows):
+        return teach(*nnx.merge(definition, params), rows)
+
+    shardings = dict(in_shardings=(replicated(mesh), split_rows(mesh)), out_shardings=split_rows(mesh))
+    program = jax.jit(taught, **shardings).lower(params, rows).compile()
+    assert mesh.size == 8 and " while(" in program.as_text()
+    assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
 
 
 def test_padding_may_hold_anything():

@@ -11,6 +11,7 @@ of the devices changes it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,11 @@ class Trainable:
         head_def, params, tables = nnx.split(head, nnx.Param, ...)
         return cls(target_def, target_params, head_def, tables), params
 
+    def on(self, mesh: Mesh) -> Trainable:
+        """With everything that is only read on every device: once, as step and evaluation share it."""
+        placed = jax.device_put((self.target_params, self.head_tables), replicated(mesh))
+        return dataclasses.replace(self, target_params=placed[0], head_tables=placed[1])
+
     def target(self, params: Any) -> Llama:
         return nnx.merge(self.target_def, params)
 
@@ -76,8 +82,8 @@ def make_step(
 ) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Any]]]:
     """``step(state, rows) -> (state, report)``; ``dtype`` is what the head computes in.
 
-    report: ``Measures`` summed over the first pass (rows that an echo shows again look better than they are), the loss
-    of every update [echo * U], and the largest gradient norm.
+    parts: as ``Trainable.on`` placed them on the mesh. report: ``Measures`` summed over the first pass (rows that an
+    echo shows again look better than they are), the loss of every update [echo * U], and the largest gradient norm.
     """
 
     def update(target: Llama, tables: Any, carry, chosen):
@@ -127,8 +133,7 @@ def make_step(
 
     whole, split = replicated(mesh), split_rows(mesh, axis=2)
     jitted = jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, whole, split), out_shardings=whole)
-    target_params, tables = jax.device_put((parts.target_params, parts.head_tables), whole)
-    return lambda state, rows: jitted(state, target_params, tables, jax.device_put(rows, split))
+    return lambda state, rows: jitted(state, parts.target_params, parts.head_tables, jax.device_put(rows, split))
 
 
 def make_evaluation(
@@ -146,5 +151,4 @@ def make_evaluation(
 
     whole, split = replicated(mesh), split_rows(mesh)
     jitted = jax.jit(evaluate, in_shardings=(whole, whole, whole, split), out_shardings=whole)
-    target_params, tables = jax.device_put((parts.target_params, parts.head_tables), whole)
-    return lambda params, rows: jitted(params, target_params, tables, jax.device_put(rows, split))
+    return lambda params, rows: jitted(params, parts.target_params, parts.head_tables, jax.device_put(rows, split))

@@ -91,7 +91,8 @@ class Trainer:
         dtype = jnp.dtype(run.dtype)
         objective = recipe.objective.objective()
         optimizer = make_optimizer(recipe.optimizer, run.total_updates)
-        self.parts, params = Trainable.split(target, head)
+        parts, params = Trainable.split(target, head)
+        self.parts = parts.on(self.mesh)
         self._step = make_step(
             self.parts, optimizer, objective, echo=run.echo, seed=run.seed, mesh=self.mesh, dtype=dtype
         )

@@ -12,7 +12,7 @@ At row index i, step k stands for the draft of depth k+1 made when position i wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +70,7 @@ class Objective(NamedTuple):
     top_k: int | None = None  # hold the head against the target's k likeliest ids and one class for the rest
     own_temperature: bool = False  # the target at the temperature of the answer, at 0 its choice alone, and not at 1
     feature_noise: float = 0.0  # half-width of uniform noise on the target's features
-    remat: bool = False  # make each step's logits again in the backward pass instead of keeping them
+    remat: bool = False  # run each step again in the backward pass: one step's attention and logits are alive at a time
 
     def asked_of_target(self) -> dict[str, Any]:
         """The options of ``teach``."""
@@ -130,9 +130,10 @@ def teach(
         p_W = _probabilities(_draft_columns(head, logits_V), _draft_ids(head), scale, lse, best)
         return lse, best, *jax.lax.top_k(p_W, top_k), jnp.sum(p_W)
 
-    flat = forward.hidden_BTD.reshape(-1, forward.hidden_BTD.shape[-1]), scale_BT.reshape(-1)
-    read_flat = jax.lax.map(read, flat, batch_size=CHUNK)
-    lse, best, *top = (x.reshape(*rows.token_BT.shape, *x.shape[1:]) for x in read_flat)
+    # Chunks of columns, not of rows: those may be split over devices, and a loop over them would gather them.
+    columns = (jnp.swapaxes(x, 0, 1) for x in (forward.hidden_BTD, scale_BT))
+    read_TB = jax.lax.map(jax.vmap(read), tuple(columns), batch_size=max(1, CHUNK // len(scale_BT)))
+    lse, best, *top = (jnp.swapaxes(x, 0, 1) for x in read_TB)
     top_p, top_id, covered = top or (None, None, None)
     return Teacher(forward.feature_BTX, forward.hidden_BTD, scale_BT, lse, best, top_p, top_id, covered)
 
@@ -163,21 +164,35 @@ def num_learnt(rows: Rows, depth: int) -> jax.Array:
     return jnp.stack([jnp.sum(_learnt(rows, k), dtype=jnp.float32) for k in range(depth)])
 
 
-def unroll(head: EagleHead, target: Llama, rows: Rows, feature_BTX: jax.Array, depth: int):
-    """Yields (feature_BTD, hidden_BTD) of each step: what it would feed to the next, and what the LM head reads."""
-    mask_BTT = _document_mask(rows)
-    feature_BTD = head.fuse(feature_BTX)
-    seen: list[list[tuple[jax.Array, jax.Array]]] = [[] for _ in head.blocks]
+class Unrolled(NamedTuple):
+    """What a step of the head leaves to the next one."""
 
-    def attend(layer: int, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        seen[layer].append((k_BTKH, v_BTKH))
-        return _attend_unrolled(q_BTKGH, seen[layer], mask_BTT)
+    feature_BTD: jax.Array
+    seen: tuple[tuple[tuple[jax.Array, jax.Array], ...], ...]  # keys and values of every step so far, by block
 
-    for k in range(depth):
+    @classmethod
+    def begin(cls, head: EagleHead, feature_BTX: jax.Array) -> Unrolled:
+        return cls(head.fuse(feature_BTX), ((),) * len(head.blocks))
+
+    def step(self, head: EagleHead, target: Llama, rows: Rows, k: int) -> tuple[Unrolled, jax.Array]:
+        """Step k, and what the LM head reads of it: hidden_BTD."""
+        seen = list(self.seen)
+
+        def attend(layer: int, q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+            seen[layer] = (*seen[layer], (k_BTKH, v_BTKH))
+            return _attend_unrolled(q_BTKGH, seen[layer], _document_mask(rows))
+
         token_BT = _shift(rows.token_BT, k + 1)
-        step = head.run(token_BT, feature_BTD, rows.position_BT + k, attend, target=target)
-        feature_BTD = step.feature_BTD
-        yield feature_BTD, step.hidden_BTD
+        out = head.run(token_BT, self.feature_BTD, rows.position_BT + k, attend, target=target)
+        return Unrolled(out.feature_BTD, tuple(seen)), out.hidden_BTD
+
+
+def unroll(head: EagleHead, target: Llama, rows: Rows, feature_BTX: jax.Array, depth: int):
+    """Yields the hidden_BTD that the LM head reads, of each step."""
+    unrolled = Unrolled.begin(head, feature_BTX)
+    for k in range(depth):
+        unrolled, hidden_BTD = unrolled.step(head, target, rows, k)
+        yield hidden_BTD
 
 
 def learn(
@@ -196,10 +211,15 @@ def learn(
         noise = jax.random.uniform(key, feature_BTX.shape, minval=-o.feature_noise, maxval=o.feature_noise)
         feature_BTX = feature_BTX + noise.astype(feature_BTX.dtype)
     p_BTW = None if teacher.top_p_BTk is not None else target_probabilities(head, target, teacher)
-    compare: Callable = partial(_compare, head, target, teacher, p_BTW, objective)
-    if o.remat:
-        compare = jax.checkpoint(compare, static_argnums=(2,))
 
+    def judged(unrolled: Unrolled, k: int):
+        unrolled, hidden_BTD = unrolled.step(head, target, rows, k)
+        return unrolled, _compare(head, target, teacher, p_BTW, o, hidden_BTD, unrolled.feature_BTD, k)
+
+    if o.remat:
+        judged = jax.checkpoint(judged, static_argnums=(1,))
+
+    unrolled = Unrolled.begin(head, feature_BTX)
     loss = jnp.float32(0)
     reach_BT = jnp.ones(rows.token_BT.shape, jnp.float32)
     learnt = [_learnt(rows, k) for k in range(o.depth)]
@@ -207,9 +227,8 @@ def learn(
     chain_alpha_BT = chain_match_BT = everywhere_BT.astype(jnp.float32)
     total_weight = sum(o.decay**k for k in range(o.depth))
     sums, kept = [], []
-    for k, (feature_BTD, hidden_BTD) in enumerate(unroll(head, target, rows, feature_BTX, o.depth)):
-        learnt_BT = learnt[k]
-        error_BT, alpha_BT, match_BT, inside_BT = compare(hidden_BTD, feature_BTD, k)
+    for k, learnt_BT in enumerate(learnt):
+        unrolled, (error_BT, alpha_BT, match_BT, inside_BT) = judged(unrolled, k)
         weight_BT = learnt_BT * inside_BT * reach_BT
         # where, not times: what stands in padding may be anything, and 0 * inf is NaN.
         step_loss = jnp.sum(jnp.where(weight_BT > 0, error_BT * weight_BT, 0.0))
@@ -336,7 +355,9 @@ def _document_mask(rows: Rows) -> jax.Array:
     return (rows.segment_BT[:, :, None] == rows.segment_BT[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
 
 
-def _attend_unrolled(q_BTKGH: jax.Array, steps: list[tuple[jax.Array, jax.Array]], mask_BTT: jax.Array) -> jax.Array:
+def _attend_unrolled(
+    q_BTKGH: jax.Array, steps: Sequence[tuple[jax.Array, jax.Array]], mask_BTT: jax.Array
+) -> jax.Array:
     """Attention of the newest step: step 0's keys under ``mask_BTT``, and column i alone of every later step.
 
     One softmax over T + len(steps) - 1 keys. The later steps' keys are a diagonal, so they cost one dot product each
