@@ -8,7 +8,9 @@ bit.
 Three forms. ``speculators``: EAGLE-3 and 3.1 as vllm-project/speculators writes them, read by vLLM. ``eagle``: the flat
 config and ``midlayer.*`` names of SafeAILab's EAGLE-3, read by SGLang, vLLM and, as far as it goes (the three default
 taps, no norm before fc), the EAGLE repository. EAGLE-1, HASS and Meta heads have only EAGLE-1's form: the config of a
-``LlamaForCausalLM``, and ``fc``.
+``LlamaForCausalLM``, and ``fc``. Where such a head has what the published readers would leave out without a word (a
+first or final norm, a bias of fc, an LM head or a vocabulary of its own), its architecture gets a name that vLLM and
+SGLang refuse; only our converter reads it.
 """
 
 from __future__ import annotations
@@ -210,8 +212,12 @@ def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _eagle1_config(config: EagleConfig) -> dict[str, Any]:
+    left_out = (config.first_block_norm, config.final_norm, config.fc_bias, config.own_lm_head)
     # EAGLE takes a missing bias for true. Its architecture is a plain Llama's, which vLLM renames.
-    written = {"architectures": ["LlamaForCausalLM"], **llama_config(config), "bias": config.fc_bias}
+    architecture = "JeagleEagleForCausalLM" if any(left_out) else "LlamaForCausalLM"
+    written = {"architectures": [architecture], **llama_config(config), "bias": config.fc_bias}
+    if config.input_norms:
+        written["add_para_norm"] = True  # vLLM makes the norms of HASS by it
     return {**written, "draft_vocab_size": config.draft_vocab_size} if config.reduced_vocabulary else written
 
 

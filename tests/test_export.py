@@ -169,7 +169,21 @@ def test_eagle1_and_meta_names(tmp_path):
     assert "fc.weight" in weights and "norm.weight" not in weights and "layers.0.input_layernorm.weight" not in weights
     config, weights = read(export(head_of("meta"), tmp_path / "meta"))
     assert config["num_hidden_layers"] == 3
+    # vLLM's EAGLE-1 skips tensors that it does not know, here the norms: it must not know the architecture either.
+    assert config["architectures"] == ["JeagleEagleForCausalLM"]
     assert {"norm.weight", "layers.0.input_layernorm.weight", "layers.2.input_layernorm.weight"} <= weights.keys()
+
+
+@pytest.mark.parametrize(("name", "changes"), [("hass", {}), ("eagle1_reduced", {}), ("eagle1", {"fc_bias": True})])
+def test_what_eagle1_readers_would_leave_out_is_not_called_a_llama(tmp_path, name, changes):
+    config, _ = read(export(head_of(name, **changes), tmp_path / "out"))
+    assert config["architectures"] == ["JeagleEagleForCausalLM"]
+
+
+def test_the_norms_of_hass_are_switched_on_for_vllm(tmp_path):
+    config, weights = read(export(head_of("hass", fc_bias=False), tmp_path / "out"))
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["add_para_norm"] is True
+    assert {"embedding_layernorm.weight", "hidden_states_layernorm.weight"} <= weights.keys()
 
 
 def test_token_maps(tmp_path):
