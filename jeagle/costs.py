@@ -114,7 +114,9 @@ def measure_rounds(decoder: Decoder, program: Program, plans: Iterable[StaticTre
     off = dataclasses.replace(program, plan=OFF)
     B, context = setting.batch, setting.capacity // 2
     rng = np.random.default_rng(0)
-    params = SamplingParams(temperature=1.0 if setting.sampled else 0.0)
+    # Kernels skip the filters that no row has.
+    filters: Any = dict(top_k=50, top_p=0.9, min_p=0.01) if setting.filtered else {}
+    params = SamplingParams(temperature=1.0 if setting.sampled else 0.0, **filters)
     batch = Batch(
         list(rng.integers(0, decoder.target_config.vocab_size, (B, 1)).astype(np.int32)),
         RowSampling.stack([params] * B, seed_keys(0, B)),

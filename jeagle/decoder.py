@@ -105,6 +105,7 @@ class Decoder:
         self._replace = jit(on_modules(_replaced))
         self._grow = jax.jit(grown, static_argnames=("more_pages",))
         self._compiled: dict[tuple, CompiledProgram] = {}
+        self._creators: dict[tuple, Callable] = {}
         self._used: dict[tuple, int] = {}  # when, on this clock
         self._clock = itertools.count()
         self._lock = threading.Lock()
@@ -134,7 +135,7 @@ class Decoder:
         B, draft, head = len(state.finish_B), state.draft, self.head_config
         feature_BX = None
         if draft is not None and head is not None:
-            feature_BX = self._created(partial(jnp.zeros, (B, head.feature_width), self.dtype))
+            feature_BX = self._created(("feature", B), partial(jnp.zeros, (B, head.feature_width), self.dtype))
         caches = Caches(state.cache, None if draft is None else draft.cache, feature_BX, state.page_table_BM)
         caches = self._filled(caches, batch, program, places, chunk, rows)
         new = self.first_state(caches, batch, program, state.text_BS.shape[1] - 1)
@@ -244,7 +245,7 @@ class Decoder:
                 jnp.copy(length_B),  # a buffer of its own: both are donated
             )
 
-        return self._created(create, state.length_B)
+        return self._created(("draft", B, P, state.page_table_BM.size), create, state.length_B)
 
     @property
     def row_shards(self) -> int:
@@ -267,18 +268,18 @@ class Decoder:
                 jnp.arange(B * M, dtype=jnp.int32).reshape(B, M) % (B * M // self.row_shards),  # of the row's own shard
             )
 
-        return self._created(create)
+        return self._created(("caches", B, M, program.drafts), create)
 
     def _empty_cache(self, config: BlockConfig, num_pages: int) -> KVCache:
         return KVCache.create(config, num_pages=num_pages, page_size=self.page_size, dtype=self.kv_cache_dtype)
 
-    def _created[T](self, create: Callable[..., T], *args: jax.Array) -> T:
-        """What ``create`` makes of ``args``, laid out."""
-        if self.layout is None:
-            return create(*args)
-        axes = state_axes(jax.eval_shape(create, *args))
-        shardings = jax.tree.map(self.layout.sharding, axes, is_leaf=sharding.is_axes)
-        return jax.jit(create, out_shardings=shardings)(*args)
+    def _created[T](self, what: tuple, create: Callable[..., T], *args: jax.Array) -> T:
+        """What ``create`` makes of ``args``, laid out; compiled once for all that are called ``what``."""
+        if self.layout is not None and what not in self._creators:
+            made = state_axes(jax.eval_shape(create, *args))
+            shardings = jax.tree.map(self.layout.sharding, made, is_leaf=sharding.is_axes)
+            self._creators[what] = jax.jit(create, out_shardings=shardings)
+        return self._creators.get(what, create)(*args)
 
     def _filled(
         self, caches: Caches, batch: Batch, program: Program, places: np.ndarray, chunk: int, rows: int
@@ -352,8 +353,7 @@ def precision_of(dtype: jnp.dtype, platform: str | None = None) -> str | None:
 
 
 def _on_modules(function, *, definitions, layout: Layout | None, precision: str | None):
-    """``function(target, head, ...)`` as a function of their parameters, for jit, traced for ``layout``.
-    ``definitions`` are closed over: hashing them as static arguments would cost milliseconds a call."""
+    """``function(target, head, ...)`` as a function of their parameters, for jit, traced for ``layout``."""
 
     def run(params, *args, **static):
         modules = (None if d is None else nnx.merge(d, p) for d, p in zip(definitions, params))

@@ -53,6 +53,7 @@ class Format:
     name: str
     bits: int
     scaled: bool = False
+    runs: bool = True  # whether jeagle can load such weights, and not only plan for them
 
     @property
     def plain_bytes(self) -> int:
@@ -61,7 +62,13 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (Format("float32", 32), Format("bfloat16", 16), Format("fp8", 8, True), Format("int4", 4, True))
+    f.name: f
+    for f in (
+        Format("float32", 32),
+        Format("bfloat16", 16),
+        Format("fp8", 8, True),
+        Format("int4", 4, True, runs=False),
+    )
 }
 CACHE_FORMATS: dict[str, Format] = {name: FORMATS[name] for name in ("float32", "bfloat16", "fp8")}
 

@@ -56,7 +56,6 @@ class Experts(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """The sum of what each token's experts say of it, [B, T, D] in x's dtype."""
         whole_experts, widths = across("experts"), across("expert_mlp")
-        compute = IMPLEMENTATIONS[resolve(self.implementation)]
 
         def of_shard(x_BTD, router, gate_up_ED2F, down_EFD, *scales) -> jax.Array:
             x_nD = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -66,6 +65,7 @@ class Experts(nnx.Module):
             scaled_nkD = x_nD[:, None] * score_nk[..., None].astype(x_nD.dtype)
             expert_m = expert_nk.reshape(n * k) - whole_experts.index() * len(gate_up_ED2F)
             operands = (scaled_nkD.reshape(n * k, -1), expert_m, gate_up_ED2F, down_EFD, *scales)
+            compute = IMPLEMENTATIONS[resolve(self.implementation, gate_up=gate_up_ED2F)]
             y_mD = compute(*operands, all_here=whole_experts.whole)
             y_BTD = y_mD.reshape(n, k, -1).sum(axis=1).reshape(x_BTD.shape)
             return widths.sum(whole_experts.sum(y_BTD))
@@ -151,14 +151,18 @@ def _kernels(*operands: jax.Array, all_here: bool = True) -> jax.Array:
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"xla": run_experts, "pallas": _kernels}
 
 
-def resolve(name: str, platform: str | None = None) -> str:
+def resolve(name: str, platform: str | None = None, gate_up: jax.Array | jax.ShapeDtypeStruct | None = None) -> str:
     """The implementation that serves ``name`` on a platform (JAX's default one if None).
 
-    "auto" is XLA on CPUs and TPUs, and on GPUs the kernels: compiled for an H100, XLA's loop is driven by the host,
-    twelve launches a block, and copies a block's weights before it multiplies by them. No GPU has timed either yet.
+    "auto" is XLA on CPUs and TPUs, and on GPUs the kernels, unless they cannot read ``gate_up``: compiled for an H100,
+    XLA's loop is driven by the host, twelve launches a block, and copies a block's weights before it multiplies by
+    them. No GPU has timed either yet.
     """
     if name == "auto":
-        return "pallas" if (platform or jax.default_backend()) == "gpu" else "xla"
+        if (platform or jax.default_backend()) != "gpu":
+            return "xla"
+        kernels = import_module("pallas_kernels.grouped_mlp_pallas")
+        return "xla" if gate_up is not None and kernels.refusal(gate_up) else "pallas"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"experts implementation {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
     return name

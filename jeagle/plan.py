@@ -245,7 +245,7 @@ def _more_devices(job: Job) -> Iterator[str]:
 
 def _smaller_formats(job: Job) -> Iterator[str]:
     for format in sorted(FORMATS.values(), key=lambda f: -f.bits):
-        if format.bits < job.format.bits and _fits(dataclasses.replace(job, format=format)):
+        if format.runs and format.bits < job.format.bits and _fits(dataclasses.replace(job, format=format)):
             yield f"weights in {format.name}"
             return
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, help="how many, all along the tensor axis but for --data-parallel")
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="groups of devices that share rows")
     parser.add_argument("--gpu", default="h100", help=", ".join(DEVICES))
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16, float32, fp8 or int4")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the weights: bfloat16, float32, fp8; int4 to plan alone"
+    )
     parser.add_argument("--kv-cache-dtype", default="auto", help="bfloat16, float32 or fp8")
     parser.add_argument("--batch", type=int, default=1, help="rows, all devices together")
     parser.add_argument("--context", type=int, default=8192, help="cache positions per row")

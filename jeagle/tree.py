@@ -214,8 +214,8 @@ NAMED_TREES: dict[str, TreePlan] = {
     ),
     # Small and bushy, for machines where verifying is compute-bound.
     "bush-8": StaticTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0))),
-    # EAGLE-2's released defaults: 60 nodes of up to 7 levels, 10 expanded per level.
-    "dynamic": DynamicTree(depth=7, top_k=10, total=60),
+    # EAGLE-2's released defaults: 60 nodes, 10 expanded per level; its depth of 7 counts the levels after the first.
+    "dynamic": DynamicTree(depth=8, top_k=10, total=60),
 }
 
 

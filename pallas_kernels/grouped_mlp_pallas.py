@@ -19,6 +19,7 @@ JAX deprecated Pallas' Triton lowering in 0.11; see tree_attention_pallas.py.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -62,11 +63,11 @@ def grouped_mlp(
     interpret: None interprets on CPUs alone.
 
     Raises:
-      NotImplementedError: D or F not a multiple of 16.
+      NotImplementedError: what ``refusal`` says.
     """
     (m, D), (E, _, _, F) = x_mD.shape, gate_up_ED2F.shape
-    if D % 16 or F % 16:
-        raise NotImplementedError(f"experts 'pallas': widths {D} and {F} are not both multiples of 16")
+    if refused := refusal(gate_up_ED2F):
+        raise NotImplementedError(f"experts 'pallas': {refused}")
     first, second = tiles(m=m, E=E, D=D, F=F, dtype=x_mD.dtype)
     row_bR = blocks(expert_m, E, first.rows)
     launch = partial(_launch, first=first, second=second)
@@ -76,6 +77,16 @@ def grouped_mlp(
     return lax.platform_dependent(
         *operands, cpu=partial(launch, interpret=True), default=partial(launch, interpret=False)
     )
+
+
+def refusal(gate_up_ED2F: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Why the kernels cannot read such experts; empty where they can."""
+    _, D, _, F = gate_up_ED2F.shape
+    if D % 16 or F % 16:
+        return f"widths {D} and {F} are not both multiples of 16"
+    if gate_up_ED2F.dtype.itemsize == 1 and 2**31 < math.prod(gate_up_ED2F.shape) <= 2**32:  # offsets have 32 bits
+        return f"8-bit weights {gate_up_ED2F.shape} lie between 2 and 4 GiB"
+    return ""
 
 
 def tiles(*, m: int, E: int, D: int, F: int, dtype: jnp.dtype) -> tuple[Tiles, Tiles]:

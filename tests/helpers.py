@@ -128,3 +128,21 @@ class PeakBytes:
         self.done.set()
         self.watcher.join()
         self.bytes = max(self.bytes, last)
+
+
+class no_compilation:
+    """Fails if XLA compiles anything inside the block, or a program of this name."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.wanted, self.names = name, list[str]()
+
+    def __enter__(self) -> None:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and self.wanted in (None, fun_name):
+            self.names.append(f"{fun_name} {seconds:.1f} s")
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        assert not self.names, self.names

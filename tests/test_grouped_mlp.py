@@ -176,6 +176,14 @@ def test_experts_split_over_devices(rule):
 def test_names_are_resolved_and_never_replaced():
     assert (resolve("auto", "cpu"), resolve("auto", "tpu"), resolve("auto", "gpu")) == ("xla", "xla", "pallas")
     assert [resolve(name) for name in moe.IMPLEMENTATIONS] == ["xla", "pallas"]
+    # What the kernels would refuse on a GPU is XLA's: FP8 experts of 2 to 4 GiB (Maverick's on four GPUs), odd widths.
+    for shape, dtype, chosen in (
+        ((128, 5120, 2, 1024), "float8_e4m3fn", "pallas"),
+        ((128, 5120, 2, 2048), "float8_e4m3fn", "xla"),
+        ((128, 5120, 2, 2048), "bfloat16", "pallas"),
+        ((16, 40, 2, 64), "bfloat16", "xla"),
+    ):
+        assert resolve("auto", "gpu", jax.ShapeDtypeStruct(shape, dtype)) == chosen
     experts = Experts(32, 24, 4, 1, implementation="pallas", dtype=F32, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="widths 32 and 24"):
         experts(jnp.zeros((1, 1, 32)))

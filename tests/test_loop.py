@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import no_compilation
 
 from jeagle import LLM, SamplingParams
 from jeagle.config import EagleConfig, LlamaConfig
@@ -140,7 +141,7 @@ def test_a_bucket_is_compiled_once() -> None:
     llm.generate([[1, 2, 3], [4, 5]], params, use_tqdm=False)
     before = len(llm.compiled_programs)
     assert [p.name for p in llm.compiled_programs] == ["prefill", "decode"]
-    with _no_compilation():
+    with no_compilation("jit(run)"):
         llm.generate([[7, 8, 9, 10], [11]], SamplingParams(max_tokens=17, ignore_eos=True), use_tqdm=False)
     assert len(llm.compiled_programs) == before
 
@@ -153,22 +154,6 @@ def test_one_launch_per_rounds_per_launch(monkeypatch: pytest.MonkeyPatch) -> No
     (out,) = llm.generate([1, 2, 3], SamplingParams(max_tokens=35, ignore_eos=True), speculative=False, use_tqdm=False)
     assert out.metrics.num_rounds == 35
     assert launches == [10] * 4
-
-
-class _no_compilation:
-    """Fails if XLA compiles a decode or prefill program inside the block."""
-
-    def __enter__(self) -> None:
-        self.names: list[str] = []
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and fun_name == "jit(run)":
-            self.names.append(f"{fun_name} {seconds:.1f} s")
-
-    def __exit__(self, *_) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-        assert not self.names, self.names
 
 
 def test_float32_is_multiplied_as_such():
