@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-__all__ = ["HEARTBEAT_SECONDS", "PeerError", "connect", "explained"]
+__all__ = ["HEARTBEAT_SECONDS", "DeviceMemoryError", "PeerError", "connect", "explained", "out_of_memory"]
 
 # A process that says nothing for so long is taken for dead, and the others are ended: JAX's default of 100 s would
 # leave a service that many hang for minutes.
@@ -20,6 +20,10 @@ HEARTBEAT_SECONDS = 30
 
 class PeerError(ConnectionError):
     """Another process of this program failed, said in one sentence."""
+
+
+class DeviceMemoryError(MemoryError):
+    """A device has no room for weights, caches or what a round computes, said in one sentence."""
 
 
 def connect(
@@ -72,15 +76,28 @@ def connect(
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turn what the runtime says when a peer is gone into one sentence. Errors of this process's own pass as they are:
-    all where it is alone, those of memory and of arguments in any case."""
+    """Turn what the runtime says when memory is full or a peer is gone into one sentence. Other errors of this
+    process's own pass as they are: all where it is alone, those of arguments in any case."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
+        if said := out_of_memory(error):
+            raise DeviceMemoryError(
+                f"{said}; lower max_batch_size or max_model_len, halve the caches with kv_cache_dtype='fp8', or split "
+                "the model with tensor_parallel_size: `jeagle plan` says what fits"
+            ) from error
+        if jax.process_count() == 1 or str(error).startswith("INVALID_ARGUMENT"):
             raise
         reason = str(error).splitlines()[0][:200]
         raise PeerError(
             f"process {jax.process_index()} of {jax.process_count()} lost another process ({reason}); see what that "
             "one said, then start all of them again"
         ) from error
+
+
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """What has no room, if that is the error: the beginning of a sentence."""
+    first, _, rest = str(error).partition(":")
+    if first != "RESOURCE_EXHAUSTED":
+        return ""
+    return f"a device's memory is full ({rest.strip().splitlines()[0][:200]})"

@@ -83,6 +83,7 @@ class LLM:
     Raises ValueError (CheckpointError, ConversionError among them) with one sentence that says what to mend.
     """
 
+    @explained()
     def __init__(
         self,
         model: str | Path | Llama,
@@ -124,16 +125,14 @@ class LLM:
         if resolve_sampler(sampler, whole=tensor_parallel_size == 1) == "pallas" and tensor_parallel_size > 1:
             raise ValueError("sampler 'pallas' reads whole vocabularies; with tensor_parallel_size > 1 use 'xla'")
         rules = Rules.choose(draft=draft_sharding, experts=expert_sharding)
-        many = data_parallel_size * tensor_parallel_size > 1
-        layout = Layout(make_mesh(data_parallel_size, tensor_parallel_size), rules) if many else None
+        devices = data_parallel_size, tensor_parallel_size
+        layout = None if devices == (1, 1) else Layout(make_mesh(*devices), rules)
         cache = cache_directory(cache_dir)
         if isinstance(tree, str) and tree == "dispatch":
             tree = Dispatch()
         dispatch = tree if isinstance(tree, Dispatch) else None
         auto = isinstance(tree, str) and tree == "auto"
-        if isinstance(tree, Dispatch) or auto:
-            tree = _auto_tree()
-        plan = parse_tree(tree)
+        plan = parse_tree(_auto_tree() if isinstance(tree, Dispatch) or auto else tree)
         _keep_compiled_programs(cache / "xla")
 
         self._checkpoint: Path | None = None
@@ -148,7 +147,7 @@ class LLM:
         if head_directory is not None and (auto or dispatch is not None):
             searched = TreeTable.of_head(head_directory)
         plans = Plans.always(plan)
-        if auto and searched is not None and like_here(searched.device):
+        if auto and searched is not None and like_here(searched.device) and searched.devices == devices:
             plans = Plans(searched.greedy.best, searched.sampled.best)
         dispatcher: Dispatcher | None = None
         if dispatch is not None:

@@ -35,6 +35,8 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that jeagle uses."""
 
     chat_template: str | None
+    bos_token: str | None
+    bos_token_id: int | None
 
     def __call__(self, text: str, **kwargs) -> Any: ...
 
@@ -82,12 +84,15 @@ def vocabulary_hash(directory: Path) -> str | None:
 
 
 def encode(tokenizer: Tokenizer, text: str, **kwargs) -> list[int]:
-    """Token ids of a text."""
+    """Token ids of a text. One that begins with the begin-of-text token, as chat templates write it, gets no second."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
-    return tokenizer(text, **kwargs).input_ids
+    ids = tokenizer(text, **kwargs).input_ids
+    bos = tokenizer.bos_token
+    begun = bos is not None and text.startswith(bos) and not text.startswith(2 * bos)
+    return ids[1:] if begun and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list, *, today: date | None = None) -> list[int]:

@@ -1,7 +1,8 @@
 """What ``scripts/search_tree.py`` found of a head, kept beside it as ``trees.json``: how often its guesses are taken,
 and the tree to draft at each batch size. Where to begin; other machines and texts have the last word.
 
-    {"device": "cpu (x86_64)", "rate": [[0.42, 0.11], [0.45, 0.1]], "lookup_share": 0.3, "lookup_rate": [0.7, 0.8],
+    {"device": "cpu (x86_64)", "tensor_parallel_size": 1, "data_parallel_size": 1,
+     "rate": [[0.42, 0.11], [0.45, 0.1]], "lookup_share": 0.3, "lookup_rate": [0.7, 0.8],
      "spread": 0.25, "best": {"1": "bush-8+lookup", "8": "off"}, "candidates": ["bush-8+lookup", "chain-1"], ..,
      "sampled": {"rate": .., "best": .., ..}}                  of sampled requests; without it, the same for both
 """
@@ -56,6 +57,7 @@ class TreeTable:
     greedy: Searched
     sampled: Searched
     device: str = ""  # what they were timed on, as ``host.described`` says it
+    devices: tuple[int, int] = (1, 1)  # and how many: that share the rows, that share a layer
 
     @classmethod
     def of_head(cls, directory: Path) -> TreeTable | None:
@@ -66,7 +68,8 @@ class TreeTable:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             greedy, sampled = (Searched.read(each) for each in (found, found.get("sampled", found)))
-            return cls(greedy, sampled, str(found.get("device", "")))
+            data, tensor = (int(found.get(f"{axis}_parallel_size", 1)) for axis in ("data", "tensor"))
+            return cls(greedy, sampled, str(found.get("device", "")), (data, tensor))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no table of trees ({type(error).__name__}: {error}); remove it") from None
 

@@ -177,13 +177,8 @@ def read_prompts(args: argparse.Namespace, directory: Path | None, vocab_size: i
     if directory is None:
         raise ValueError("--shape has no tokenizer: give --random-lengths")
     tokenizer = load_tokenizer(directory)
-    prompts = []
-    for question in (q for path in args.prompts for q in load_questions(path, args.limit)):
-        system = [] if question.system is None else [dict(role="system", content=question.system)]
-        prompts.append(
-            encode_chat(tokenizer, [*system, dict(role="user", content=question.turns[0])], today=REFERENCE_DATE)
-        )
-    return prompts
+    questions = [question for path in args.prompts for question in load_questions(path, args.limit)]
+    return [encode_chat(tokenizer, question.opening, today=REFERENCE_DATE) for question in questions]
 
 
 def read_profile(args: argparse.Namespace) -> tuple[float, ...] | None:

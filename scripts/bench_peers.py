@@ -309,9 +309,7 @@ def measure(args: argparse.Namespace, workers: list[Worker]) -> dict[str, Any]:
     here = environment()
     options: dict[str, Any] = dict(max_batch_size=max(args.batch), synthetic_acceptance=profile)
     llm = LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, **options)
-    prompts = [
-        llm.apply_chat_template([dict(role="user", content=q.turns[0])], today=REFERENCE_DATE) for q in questions
-    ]
+    prompts = [llm.apply_chat_template(q.opening, today=REFERENCE_DATE) for q in questions]
     contenders = [Contender(JEAGLE, ours(llm, args.max_tokens, False))]
     if args.draft:
         contenders.append(Contender(SPECULATIVE, ours(llm, args.max_tokens, True)))

@@ -35,8 +35,8 @@ WAYS = ("in turns", "in batches")
 def read_prompts(llm: LLM, args: argparse.Namespace) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts, the longest first as ``requests.queues`` has them, and their parameters."""
     questions = [question for path in args.prompts for question in load_questions(path, args.limit)]
-    chats = [[dict(role="user", content=question.turns[0])] for question in questions]
-    prompts = sorted((llm.apply_chat_template(chat, today=REFERENCE_DATE) for chat in chats), key=len, reverse=True)
+    chats = (llm.apply_chat_template(question.opening, today=REFERENCE_DATE) for question in questions)
+    prompts = sorted(chats, key=len, reverse=True)
     limits = np.random.default_rng(args.seed).integers(args.lengths[0], args.lengths[1] + 1, len(prompts)).tolist()
     return prompts, [SamplingParams(max_tokens=n, temperature=args.temperature, seed=i) for i, n in enumerate(limits)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -29,11 +30,13 @@ from jeagle.text import REFERENCE_DATE
 
 __all__ = [
     "Question",
+    "add_mesh",
     "chat",
     "chat_in_pairs",
     "environment",
     "exit_code",
     "load_questions",
+    "mesh",
     "pooled",
     "spread",
     "tokens_per_second",
@@ -66,6 +69,17 @@ def _commit() -> str | None:
         return None
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """The options that ``mesh`` reads."""
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share a layer")
+    parser.add_argument("--data-parallel-size", type=int, default=1, metavar="N", help="groups of them, sharing rows")
+
+
+def mesh(args: argparse.Namespace) -> dict[str, Any]:
+    """Over how many devices an ``LLM`` is laid out, in its own words, for it and for the result."""
+    return {name: getattr(args, name) for name in ("tensor_parallel_size", "data_parallel_size")}
+
+
 @dataclass(frozen=True)
 class Question:
     """What a user says, turn by turn; the answers are the model's."""
@@ -76,16 +90,22 @@ class Question:
     turns: tuple[str, ...]  # at least one
     system: str | None = None
 
+    @property
+    def opening(self) -> list[dict[str, str]]:
+        """The conversation up to the first answer."""
+        system = [] if self.system is None else [dict(role="system", content=self.system)]
+        return [*system, dict(role="user", content=self.turns[0])]
+
 
 def load_questions(path: str | Path, limit: int | None = None) -> list[Question]:
     """The questions of a JSON-lines file, at least one; with a limit so many of them, spread evenly over the file, as
     files are sorted by category. Example: 3 of 10 are those at 0, 3 and 6.
 
-    A line is in EAGLE's and MT-bench's form, {"question_id": 81, "category": "writing", "turns": ["...", "..."]}, or a
-    conversation, {"messages": [{"role": ..., "content": ...}, ...]} or ShareGPT's {"conversations": [{"from": "human",
-    "value": ...}, ...]}, of which the system message and the user's turns are taken: the assistant's words are for the
-    model to find. Without a category the file's name is the category, without an id the line's number. Raises
-    ValueError with one sentence.
+    A line is in EAGLE's and MT-bench's form, {"question_id": 81, "category": "writing", "turns": ["...", "..."]}, to
+    which {"system": "..."} may be added, or a conversation, {"messages": [{"role": ..., "content": ...}, ...]} or
+    ShareGPT's {"conversations": [{"from": "human", "value": ...}, ...]}, of which the system message and the user's
+    turns are taken: the assistant's words are for the model to find. Without a category the file's name is the
+    category, without an id the line's number. Raises ValueError with one sentence.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -111,7 +131,7 @@ def _question(line: str, path: Path, number: int) -> Question:
     turns: Any = None
     system = None
     if isinstance(entry, dict):
-        turns = entry.get("turns")
+        turns, system = entry.get("turns"), entry.get("system")
         messages = entry.get("messages", _from_sharegpt(entry.get("conversations")))
         if turns is None and isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
             turns = [m.get("content") for m in messages if m.get("role") == "user"]

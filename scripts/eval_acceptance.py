@@ -47,10 +47,12 @@ import jax.numpy as jnp
 import numpy as np
 from common import (
     Question,
+    add_mesh,
     chat,
     chat_in_pairs,
     environment,
     load_questions,
+    mesh,
     pooled,
     spread,
     tokens_per_second,
@@ -119,7 +121,7 @@ def speed_figures(pairs: Sequence[tuple[RequestOutput, RequestOutput]]) -> dict[
 
 def converse(llm: LLM, questions: Sequence[Question], temperature: float, args: argparse.Namespace) -> list[Answer]:
     """Every question answered, turn by turn."""
-    talks = [[{"role": "system", "content": q.system}] if q.system else [] for q in questions]
+    talks = [q.opening[:-1] for q in questions]
     answers = []
     for turn in range(max(len(q.turns) for q in questions) if args.all_turns else 1):
         asked = [(q, talk) for q, talk in zip(questions, talks, strict=True) if turn < len(q.turns)]
@@ -234,6 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--batch", type=int, default=8, help="questions side by side; 1 with --speed")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add_mesh(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, metavar="N", help="N questions of each file, spread evenly over it")
     turns = parser.add_mutually_exclusive_group()
@@ -259,7 +262,7 @@ def evaluate(args: argparse.Namespace) -> int:
     check_outputs(args.out, args.picture)
 
     about = environment()
-    llm = LLM(args.model, args.head, dtype=args.dtype, max_batch_size=args.batch)
+    llm = LLM(args.model, args.head, dtype=args.dtype, max_batch_size=args.batch, **mesh(args))
     dtype = jnp.dtype(llm.dtype).name
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = dict(
@@ -269,6 +272,7 @@ def evaluate(args: argparse.Namespace) -> int:
         head=args.head,
         dtype=dtype,
         batch=args.batch,
+        **mesh(args),
         max_tokens=args.max_tokens,
         seed=args.seed,
         turns="all" if args.all_turns else "first",

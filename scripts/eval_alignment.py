@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace) -> dict:
     split = [nnx.split(module) for module in (target, head)]
     definitions, params = tuple(d for d, _ in split), tuple(p for _, p in split)
 
-    talks = [[{"role": "user", "content": q.turns[0]}] for q in load_questions(args.prompts, args.limit)]
+    talks = [q.opening for q in load_questions(args.prompts, args.limit)]
     answers = chat(llm, talks, SamplingParams(max_tokens=args.max_tokens), speculative=False)
     texts = [[*a.prompt_token_ids, *a.outputs[0].token_ids] for a in answers]
     length = max(map(len, texts))

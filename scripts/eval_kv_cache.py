@@ -56,7 +56,7 @@ def main() -> None:
 
     here = environment()
     target = load_llama(args.target, dtype="float32")
-    questions = [[{"role": "user", "content": q.turns[0]}] for q in load_questions(args.prompts, args.limit)]
+    questions = [q.opening for q in load_questions(args.prompts, args.limit)]
     params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True)
     answers = {}
     for dtype in ("auto", "fp8"):

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, exit_code, load_questions
+from common import add_mesh, environment, exit_code, load_questions, mesh
 from reporting import check_outputs, make_console, new_table
 from rich.markup import escape
 
@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=8, help="children per node of the wide tree")
     parser.add_argument("--gain", type=float, default=0.25, help="what a tree must promise over plain decoding")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
+    add_mesh(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the JSON here")
     args = parser.parse_args()
 
@@ -158,12 +159,10 @@ def main() -> int:
         check_outputs(args.out, None)
         here = environment()
         wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)
-        llm = LLM(args.model, args.head, tree=always(wide), dtype=args.dtype)
+        llm = LLM(args.model, args.head, tree=always(wide), dtype=args.dtype, **mesh(args))
         questions = load_questions(args.prompts, args.limit)
-        prompts = [
-            llm.apply_chat_template([{"role": "user", "content": q.turns[0]}], today=REFERENCE_DATE) for q in questions
-        ]
-        about = dict(model=args.model, head=args.head, prompts=args.prompts, answers=len(prompts))
+        prompts = [llm.apply_chat_template(q.opening, today=REFERENCE_DATE) for q in questions]
+        about = dict(model=args.model, head=args.head, **mesh(args), prompts=args.prompts, answers=len(prompts))
         result = dict(
             script="search_tree", **here, **about, max_tokens=args.max_tokens, **search(llm, prompts, first, args)
         )

@@ -14,6 +14,8 @@ import json
 import sys
 from pathlib import Path
 
+from common import add_mesh, mesh
+
 from jeagle import LLM
 from jeagle.training.synthesis import Settings, synthesize
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             max_answer_tokens=args.max_answer_tokens,
             prompt_tokens=args.prompt_tokens,
         )
-        llm = LLM(args.model, args.draft, dtype=args.dtype, max_batch_size=args.batch)
+        llm = LLM(args.model, args.draft, dtype=args.dtype, max_batch_size=args.batch, **mesh(args))
         manifest = synthesize(
             llm,
             args.out,
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--continue", type=Path, dest="texts", help='JSON lines {"text": ...} to continue')
     parser.add_argument("--draft", help="an EAGLE head")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add_mesh(parser)
     return parser
 
 

@@ -42,10 +42,12 @@ def test_every_answer_of_a_conversation_is_learnt(tokenizer, tmp_path, monkeypat
 
     said = [f"assistant {i}" for i in range(3)]
     assert read(EOS, END) == read(END) == (said, 0)
-    assert read(EOS) == (said[-1:], 2)  # generation ended with what the template does not write
-    trimming = tokenizer.chat_template.replace("m['content']", "(m['content'] | replace(' 0', ''))")
-    monkeypatch.setattr(tokenizer, "chat_template", trimming)
-    assert read(EOS, END) == (said[1:], 1)
+    # Generation ended with what the template does not write: of all answers but the last, all but the end is learnt.
+    assert read(EOS) == (["".join(said)], 2)
+    # Of one that it rewrites in later turns what came before stays, as do all others.
+    rewriting = tokenizer.chat_template.replace("m['content']", "(m['content'] | replace('assistant 1', 'assisted'))")
+    monkeypatch.setattr(tokenizer, "chat_template", rewriting)
+    assert read(EOS, END) == ([said[0], "assist" + said[2]], 1)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
     assert end_of_turn(tokenizer, (EOS, END)) == end_of_turn(None, (EOS, END)) == EOS
 

@@ -73,7 +73,7 @@ def test_figures_known_in_advance(evaluate, files, tmp_path):
     assert off["whole"]["tokens_per_call"] == 1 and off["whole"]["acceptance_histogram"] == [3 * len(RECITED)]
     assert (chain["tree"], chain["nodes"], chain["depth"], chain["temperature"]) == ("chain-2", 3, 2, 0)
     expected = dict(script="eval_acceptance", model=files["reciter"], head=files["reciter-head"], dtype="float32")
-    expected |= dict(batch=8, max_tokens=99, seed=0, turns="first")
+    expected |= dict(batch=8, max_tokens=99, seed=0, turns="first", tensor_parallel_size=1, data_parallel_size=1)
     assert result == {**expected, **{key: result[key] for key in common.environment()}, "runs": [chain, off]}
     assert result["command"].startswith("python scripts/eval_acceptance.py ")
     assert f"{len(RECITED) / rounds:.2f}" in printed and "questions, temperature 0, chain-2" in printed
@@ -184,13 +184,13 @@ def test_questions_of_both_forms(tmp_path):
     shared = [("system", "be"), ("human", "four"), ("gpt", "thrown away"), ("human", "five")]
     lines = [
         {"messages": [{"role": role, "content": text} for role, text in messages]},
-        {"turns": ["three"], "category": "math", "question_id": 7},
+        {"turns": ["three"], "category": "math", "question_id": 7, "system": "count"},
         {"id": "s", "conversations": [{"from": who, "value": text} for who, text in shared]},
     ]
     path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
     assert common.load_questions(path) == [
         common.Question(1, 1, "mixed", ("one", "two\u2028lines"), "recite"),
-        common.Question(3, 7, "math", ("three",)),
+        common.Question(3, 7, "math", ("three",), "count"),
         common.Question(5, 5, "mixed", ("four", "five"), "be"),
     ]
     path.write_text("\n".join(json.dumps({"turns": [str(i)]}) for i in range(10)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from reciter import MAX_LEN, make_head, save_pairs
 from tiny_tokenizer import VOCAB_SIZE
 
 from jeagle import LLM, EagleConfig, LlamaConfig, SamplingParams
+from jeagle.distributed import DeviceMemoryError
 
 QUIET = dict(use_tqdm=False)
 
@@ -22,6 +24,17 @@ def pairs(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def reciter(pairs) -> LLM:
     return LLM(pairs["reciter"], pairs["reciter-head"], tree="chain-2")
+
+
+def test_full_device_memory_is_one_sentence(reciter, monkeypatch):
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore")
+
+    monkeypatch.setattr(reciter._decoder, "start", full)
+    with pytest.raises(DeviceMemoryError) as refused:
+        reciter.generate([5], **QUIET)
+    said = "memory is full (Out of memory allocating 8 bytes.); lower max_batch_size or max_model_len"
+    assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

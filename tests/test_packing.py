@@ -38,8 +38,8 @@ def test_packing_keeps_every_token_once():
 
 
 def test_long_documents():
-    long = Document(np.arange(40, dtype=np.int32), np.ones(40, bool))
-    with pytest.raises(DataError, match=r'document 1 has 40 tokens.*data.long_documents to "cut" or "drop"'):
+    long = Document(np.arange(40, dtype=np.int32), np.ones(40, bool), place="talks.jsonl, line 2")
+    with pytest.raises(DataError, match=r'^talks.jsonl, line 2 has 40 tokens.*data.long_documents to "cut" or "drop"'):
         pack([documents(1)[0], long], LENGTH)
     assert pack([long], LENGTH, long_documents="cut").token_BT.tolist() == [list(range(LENGTH))]
     with pytest.raises(DataError, match="no document with an answer fits"):

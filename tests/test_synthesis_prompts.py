@@ -89,15 +89,17 @@ def test_what_is_dropped(llm, tmp_path):
         conversation("Tell me", "why?"),
         conversation("How many legs have seven spiders and nine?"),
         conversation("How many legs have seven spiders?"),
+        {"messages": [{"role": "system", "content": "Be brief."}, *conversation("How many legs?")["messages"]]},
+        {"messages": [{"role": "system", "content": "Be long."}, *conversation("How many legs?")["messages"]]},
     )
     manifest = run(llm, tmp_path / "out", prompts=prompts, exclude=[exclude])
-    assert manifest["documents"] == 3
+    assert manifest["documents"] == 5
     assert manifest["dropped"] == {"duplicate": 1, "empty": 1, "long": 1, "overlap": 3}
     assert manifest["exclude"]["files"] == [
         {"file": "evaluation.jsonl", "sha256": hashlib.sha256(exclude.read_bytes()).hexdigest()}
     ]
     kept = [record["messages"][0]["content"] for record in lines_of(tmp_path / "out")]
-    assert [text[-4:] for text in kept] == ["One.", "Two.", "ers?"]
+    assert [text[-5:] for text in kept] == [" One.", " Two.", "ders?", "rief.", "long."]
     assert not overlapping(kept, read_evaluation_prompts(exclude))
     with pytest.raises(DataError, match=r"no line is of use \(overlap 1\)"):
         run(llm, tmp_path / "other", prompts=exclude, exclude=[exclude])

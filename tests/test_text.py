@@ -53,6 +53,16 @@ def stream(tokenizer, blocks, stop=()) -> tuple[list[str], Detokenizer]:
     return pieces, detokenizer
 
 
+def test_a_text_that_brings_the_begin_of_text_token_gets_no_second_one(tmp_path):
+    for name, content in tiny_tokenizer.tokenizer_files().items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    plain = encode(tokenizer, "hello")
+    assert plain[0] == tiny_tokenizer.BOS and encode(tokenizer, "<s>hello") == plain
+    assert encode(tokenizer, "<s><s>hello") == [tiny_tokenizer.BOS] * 2 + plain  # asked for
+    assert encode(tokenizer, "<s>hello", add_special_tokens=False) == plain
+
+
 def one_by_one(tokens) -> list[list[int]]:
     return [[t] for t in tokens]
 

@@ -255,6 +255,20 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert np.isfinite(losses(tmp_path)).all()
 
 
+def test_full_device_memory_is_said_with_what_to_lower(tmp_path, monkeypatch):
+    t = trainer(tmp_path, recipe())
+    t.train(until=2)
+
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore")
+
+    monkeypatch.setattr(t, "_step", full)
+    with pytest.raises(
+        TrainingError, match=r"allocating 8 bytes.\); the checkpoint of step 2 is good: .*lower run.rows"
+    ):
+        t.train()
+
+
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
     t = trainer(tmp_path, recipe())
     t.train(until=2)

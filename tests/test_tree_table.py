@@ -80,17 +80,18 @@ def test_a_damaged_table_of_trees(tmp_path, content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "trees"),
+    ("device", "more", "trees"),
     [
-        (f"cpu ({processor()}, 99 cores)", ("chain-3+lookup-2", "chain-1")),
-        ("cpu (x86_64 with other vectors, 2 cores)", ("chain-1+lookup",) * 2),
-        (f"a GPU ({processor()}, 99 cores)", ("chain-1+lookup",) * 2),
+        (f"cpu ({processor()}, 99 cores)", {}, ("chain-3+lookup-2", "chain-1")),
+        (f"cpu ({processor()}, 99 cores)", {"tensor_parallel_size": 8}, ("chain-1+lookup",) * 2),
+        ("cpu (x86_64 with other vectors, 2 cores)", {}, ("chain-1+lookup",) * 2),
+        (f"a GPU ({processor()}, 99 cores)", {}, ("chain-1+lookup",) * 2),
     ],
 )
-def test_auto_is_what_was_searched_for_the_batch_size_on_such_a_device(tmp_path, device, trees) -> None:
+def test_auto_is_what_was_searched_for_the_batch_size_on_such_a_device(tmp_path, device, more, trees) -> None:
     target = markov_target()
     head = save(markov_head(target), tmp_path / "head")
-    found = dict(rate=[[0.9]], best={"1": "chain-3+lookup-2", "8": "chain-1"}, device=device)
+    found = dict(rate=[[0.9]], best={"1": "chain-3+lookup-2", "8": "chain-1"}, device=device, **more)
     (head / "trees.json").write_text(json.dumps(found))
     llm = LLM(target, head, cache_dir=tmp_path)
     assert [tree_name(llm.plan_for(batch)) for batch in (1, 2, 4, 64)] == [trees[0], trees[0], trees[1], trees[1]]

@@ -38,7 +38,8 @@ class Document:
     token_n: np.ndarray  # int32
     response_n: np.ndarray  # bool: the tokens that the target wrote as an answer, end of turn included
     temperature: float | None = None  # at which it did, where the file says so
-    rewritten: int = 0  # answers that are not learnt, as the chat template writes them otherwise when the talk goes on
+    rewritten: int = 0  # answers not learnt to their end, as the chat template writes them otherwise in later turns
+    place: str = ""  # file and line
 
     def __len__(self) -> int:
         return len(self.token_n)
@@ -60,7 +61,7 @@ def read_documents(
                     f"{path}, line {number} has token ids outside the target's 0..{vocab_size - 1}; it was made with "
                     "another tokenizer, make it again with this target"
                 )
-            documents.append(document)
+            documents.append(dataclasses.replace(document, place=f"{path}, line {number}"))
     if not any(document.response_n.any() for document in documents):
         names = ", ".join(map(str, files)) or "no file"
         raise DataError(f"there is nothing to learn from in {names}; give files with at least one answer")
@@ -118,8 +119,8 @@ def _document(record: dict[str, Any], tokenizer: Tokenizer, end_of_turn: int) ->
 def _conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, end_of_turn: int, *, cut: bool) -> Document:
     """Every answer is encoded apart from what precedes it, as generation made it: no token spans the border."""
     ids: list[int] = []
-    response: list[bool] = []
-    learnt = rewritten = 0
+    answers: list[tuple[int, int]] = []  # where in ids they stand
+    rewritten = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -127,16 +128,18 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, end_of_t
         answer = encode(tokenizer, message["content"], add_special_tokens=False)
         if not (cut and i == len(messages) - 1):
             answer = [*answer, end_of_turn]
-        if prompt[: len(ids)] != ids:  # the template drops or rewrites earlier turns: those are no answers any more
-            ids, response = [], []
-            learnt, rewritten = 0, rewritten + learnt
-        new = prompt[len(ids) :]
-        ids += [*new, *answer]
-        response += [False] * len(new) + [True] * len(answer)
-        learnt += 1
+        # What the template drops or rewrites of earlier turns (space at their ends, thoughts) is no answer any more.
+        same = next((n for n, (a, b) in enumerate(zip(ids, prompt)) if a != b), min(len(ids), len(prompt)))
+        rewritten += sum(stop > same for _, stop in answers)
+        answers = [(start, min(stop, same)) for start, stop in answers if start < same]
+        ids = [*prompt, *answer]
+        answers.append((len(prompt), len(ids)))
     if not ids:
         raise ValueError("no message has the role 'assistant'")
-    return Document(np.asarray(ids, np.int32), np.asarray(response, bool), rewritten=rewritten)
+    response_n = np.zeros(len(ids), bool)
+    for start, stop in answers:
+        response_n[start:stop] = True
+    return Document(np.asarray(ids, np.int32), response_n, rewritten=rewritten)
 
 
 def _reason(error: Exception) -> str:

@@ -39,12 +39,12 @@ def pack(documents: Sequence[Document], length: int, *, long_documents: LongDocu
     out.
     """
     whole = []
-    for index, document in enumerate(documents):
+    for document in documents:
         if len(document) > length:
             if long_documents == "error":
                 raise DataError(
-                    f"document {index} has {len(document)} tokens, more than the pack length of {length}; raise "
-                    'data.pack_length, or set data.long_documents to "cut" or "drop"'
+                    f"{document.place or 'a document'} has {len(document)} tokens, more than the pack length of "
+                    f'{length}; raise data.pack_length, or set data.long_documents to "cut" or "drop"'
                 )
             if long_documents == "drop":
                 continue

@@ -75,7 +75,7 @@ def prepare(
         recipe, directory, target, head, rows, held_out, identity=identity, devices=devices, on_report=on_report
     )
     source = {"source": f"trained by jeagle for {recipe.target}", "target_vocabulary": vocabulary}
-    tokens = sum(map(len, learnt))
+    tokens = int((rows.segment_BT > 0).sum())
     filled = float((rows.segment_BT > 0).mean())
     inside = 1.0 if head.draft_to_target is None else _covered(head, learnt, target.config.vocab_size)
     weights = sum(x.size for x in jax.tree.leaves(trainer.state.params))
@@ -84,8 +84,11 @@ def prepare(
         f"({filled:.0%} filled); {len(measured)} documents held out; {weights / 1e6:.1f}M weights, draft vocabulary "
         f"{head.config.draft_vocab_size} ({inside:.1%} of the answers' tokens)"
     )
+    if long := sum(len(document) > recipe.data.pack_length for document in learnt):
+        done = {"cut": "cut there", "drop": "left out"}[recipe.data.long_documents]
+        summary += f"; longer than {recipe.data.pack_length} tokens and {done}: {long} documents"
     if rewritten := sum(document.rewritten for document in [*learnt, *measured]):
-        summary += f"; answers left out, as the chat template writes them otherwise in later turns: {rewritten}"
+        summary += f"; answers cut or left out, as the chat template writes them otherwise in later turns: {rewritten}"
     return Run(trainer, source, summary)
 
 

@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jeagle.checkpoint_writer import save
+from jeagle.distributed import out_of_memory
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sharding import data_mesh, replicated
@@ -138,8 +139,9 @@ class Trainer:
         for step in range(begin, last):
             began = time.perf_counter()
             rows = self.loader[step]
-            self.state, report = self._step(self.state, rows)
-            report = jax.device_get(report)
+            with _fitting(self.saved):
+                self.state, report = self._step(self.state, rows)
+                report = jax.device_get(report)
             seconds = time.perf_counter() - began
             self._check_finite(step, report)
             tokens = int((rows.segment_BT > 0).sum())
@@ -305,6 +307,20 @@ def _explained(directory: Path, saved: int) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or (full if full in str(error) else error)
         safe = f"the checkpoint of step {saved} is good" if saved else "no checkpoint was made yet"
         raise TrainingError(f"cannot write in {directory}: {reason}; {safe}: make room and run again") from error
+
+
+@contextlib.contextmanager
+def _fitting(saved: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if said := out_of_memory(error):
+            safe = f"the checkpoint of step {saved} is good" if saved else "nothing was saved yet"
+            raise TrainingError(
+                f"{said}; {safe}: set objective.remat, lower run.rows (and raise run.accumulate by as much), "
+                "data.pack_length or head.draft_vocab_size, and train into another directory"
+            ) from error
+        raise
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

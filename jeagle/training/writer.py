@@ -182,7 +182,8 @@ class Writer:
         asked = "\n".join(turns)
         messages = [*system, {"role": "user", "content": turns.pop(0)}]
         # A turn the target wrote repeats an earlier one when both begin alike; given prompts may share a preamble.
-        key = _key(asked, KEY_CHARACTERS if self._given is None else None)
+        whole = "\n".join([*(message["content"] for message in system), asked])
+        key = _key(asked, KEY_CHARACTERS) if self._given is None else _key(whole)
         return _Work(index, asked, key, self._llm.apply_chat_template(messages, today=REFERENCE_DATE), messages, turns)
 
     def _refusal(self, work: _Work, seen: set[str]) -> str:
