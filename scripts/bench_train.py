@@ -51,7 +51,7 @@ from jeagle.training import unroll
 from jeagle.training.packing import Rows
 from jeagle.training.recipe import Recipe, load_recipe
 from jeagle.training.run import starting_head
-from jeagle.training.step import Trainable, TrainState, make_step
+from jeagle.training.step import Trainable, TrainState, jit_step
 from jeagle.training.trainer import make_optimizer
 from jeagle.training.unroll import learn, num_learnt, teach
 
@@ -110,13 +110,8 @@ def step_function(parts: Trainable, recipe: Recipe) -> Callable:
     """The trainer's ``step(state, target_params, tables, rows)`` on one device, with the target as an argument."""
     run, objective = recipe.run, recipe.objective.objective()
     optimizer = make_optimizer(recipe.optimizer, run.total_updates)
-    options: Any = dict(echo=run.echo, seed=run.seed, mesh=data_mesh(jax.devices()[:1]), dtype=jnp.dtype(run.dtype))
-
-    def step(state, target_params, tables, rows):
-        given = dataclasses.replace(parts, target_params=target_params, head_tables=tables)
-        return make_step(given, optimizer, objective, **options)(state, rows)
-
-    return step
+    mesh = data_mesh(jax.devices()[:1])
+    return jit_step(parts, optimizer, objective, echo=run.echo, seed=run.seed, mesh=mesh, dtype=jnp.dtype(run.dtype))
 
 
 def measure(target: Llama, head: EagleHead, recipe: Recipe, repeats: int) -> dict[str, Any]:

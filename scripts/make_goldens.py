@@ -16,7 +16,8 @@ What this script writes:
     <name>/                 a random Llama as ``save_pretrained`` leaves it; half of the configs in the classic form
     llama4_<name>/          the same of Llama 4, with prompts that cross the borders of its attention chunks
     <name>/expected.npz     prompt_i [n] int32, logits_i [n, V] float32, greedy_i [40] int32 for three prompts; margin,
-                            the smallest distance between the two largest logits on the greedy paths
+                            the smallest distance between the two largest logits on the greedy paths; inputs [L, n, D]
+                            float32, what each block reads of the last prompt
 """
 
 from __future__ import annotations
@@ -191,6 +192,13 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """Float32 [L, T, D]: what each block reads of one text. (HF's last hidden state is the final norm's.)"""
+    states = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True).hidden_states
+    return torch.cat(states[:-1]).float()
+
+
 def margin_of(logits_TV: torch.Tensor) -> float:
     """Smallest distance between the largest and the second largest logit of the rows."""
     top2 = logits_TV.topk(2).values
@@ -287,6 +295,7 @@ def make_tiny(name: str) -> None:
         expected[f"prompt_{i}"] = np.array(prompt, np.int32)
         expected[f"logits_{i}"] = logits_TV.numpy()
         expected[f"greedy_{i}"] = np.array(tokens, np.int32)
+    expected["inputs"] = inputs_of(model, prompts[-1]).numpy()
     np.savez(directory / "expected.npz", **expected)
     size = sum(f.stat().st_size for f in directory.iterdir())
     print(f"{name:15} seed {seed:3}  margin {margin:.4f}  distinct tokens >= {distinct}  {size / 1e3:.0f} kB")

@@ -15,6 +15,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jeagle import LLM
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Batch, Decoder
@@ -171,6 +172,22 @@ def test_a_head_that_is_always_right(bench: Bench, batch: Batch) -> None:
     # All but two rounds of a row are full: the last is cut short, and so is the first after a prompt of one token.
     full = np.asarray(right.acceptance_BP)[:, -1]
     assert (full >= np.asarray(right.num_rounds_B) - 2).all()
+
+
+def test_log_probabilities_are_those_of_the_path(tmp_path) -> None:
+    """Kept drafts on side branches stand elsewhere among the nodes than on the path."""
+    target = markov_target()
+    llm = LLM(target, markov_head(target), tree="bush-8", cache_dir=tmp_path)
+    params = [SamplingParams(max_tokens=20, temperature=1.0, seed=i, logprobs=2, ignore_eos=True) for i in range(8)]
+    drafted, plain = (llm.generate([[5 + i] for i in range(8)], params, speculative=s, use_tqdm=False) for s in (1, 0))
+    kept = sum(np.array(out.metrics.acceptance_histogram) for out in drafted)
+    assert kept[2:].sum() > kept[:2].sum()
+    for one, other in zip(drafted, plain, strict=True):
+        (a,), (b,) = one.outputs, other.outputs
+        assert a.token_ids == b.token_ids
+        for mine, same in zip(a.logprobs, b.logprobs, strict=True):
+            assert [*mine] == [*same]
+            assert [x.logprob for x in mine.values()] == pytest.approx([x.logprob for x in same.values()], abs=1e-4)
 
 
 @settings(max_examples=8)

@@ -102,4 +102,5 @@ def test_decoding_accepts_what_training_says_it_will(smollm2_dir):
             found[kept] += 1
             emitted, index = emitted + kept + 1, index + kept + 1
     assert found.tolist() == np.sum([out.metrics.acceptance_histogram for out in outs], axis=0).tolist()
-    assert found[1:].sum() > 0
+    # A floor under the head itself, which has 1.86 tokens a call here: what it is fed wrongly costs acceptance alone.
+    assert 2 * params.max_tokens / found.sum() > 1.6

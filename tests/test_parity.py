@@ -19,6 +19,8 @@ import convert
 from jeagle import LLM, SamplingParams
 from jeagle.cache import KVCache, Prefix
 from jeagle.checkpoint import load_llama
+from jeagle.training.packing import Rows
+from jeagle.training.unroll import packed_attention
 
 TINY = ["llama2", "llama31", "linear", "biased", "tied", "sharded"]
 TOLERANCE = 1e-4
@@ -81,6 +83,23 @@ def tiny(request, golden, tmp_path_factory) -> Tiny:
 def test_logits(tiny):
     for computed, expected in zip(full_logits(load_llama(tiny.converted), tiny.prompts), tiny.logits, strict=True):
         np.testing.assert_allclose(computed, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama31", "tied", "llama4_scout"])
+def test_a_tap_is_what_its_block_reads(name, golden, tmp_path):
+    """HF's hidden states: an id one off would cost a head most of its acceptance, and change no text."""
+    convert.convert(golden / name, tmp_path / name)
+    target = load_llama(tmp_path / name)
+    with np.load(golden / name / "expected.npz") as expected:
+        tokens, inputs_LTD = expected["prompt_2"][:16], expected["inputs"][:, :16]  # of Llama 4, one chunk
+    L, T, D = inputs_LTD.shape
+    assert len(target.blocks) == L and np.abs(inputs_LTD[1:] - inputs_LTD[:-1]).max(axis=(1, 2)).min() > 0.1
+    one = np.ones((1, T), bool)
+    rows = Rows(tokens[None], one.astype(np.int32), np.arange(T, dtype=np.int32)[None], one, one.astype(np.float32))
+    taps = tuple(range(L))
+    feature_BTX = nnx.jit(lambda target: target.run(*rows[:3:2], packed_attention(rows), taps=taps)[1])(target)
+    computed_LTD = np.asarray(feature_BTX[0]).reshape(T, L, D).swapaxes(0, 1)
+    np.testing.assert_allclose(computed_LTD, inputs_LTD, rtol=0, atol=TOLERANCE)
 
 
 def test_greedy_tokens(tiny):

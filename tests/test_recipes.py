@@ -20,7 +20,8 @@ from jeagle.training.run import check_form
 from jeagle.weights import Fp8
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {path.name: load_recipe(path) for path in sorted((ROOT / "scripts" / "recipes").glob("*.toml"))}
+ALL = {path.name: load_recipe(path) for path in sorted((ROOT / "scripts" / "recipes").glob("*.toml"))}
+RECIPES = {name: recipe for name, recipe in ALL.items() if name.startswith("smollm2")}
 LIMIT = 20e6  # bytes of a head that comes with the package, all its files
 FORMS = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "fp8": Fp8()}
 

@@ -29,7 +29,7 @@ from jeagle.sharding import replicated, split_rows
 from jeagle.training.packing import Rows
 from jeagle.training.unroll import Measures, Objective, learn, num_learnt, teach
 
-__all__ = ["TrainState", "Trainable", "make_evaluation", "make_step"]
+__all__ = ["TrainState", "Trainable", "jit_step", "make_evaluation", "make_step"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +71,15 @@ class Trainable:
 
 
 def make_step(
+    parts: Trainable, *args, mesh: Mesh, **options
+) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Any]]]:
+    """``step(state, rows) -> (state, report)`` with the target that ``Trainable.on`` placed on the mesh; as
+    ``jit_step``."""
+    jitted, split = jit_step(parts, *args, mesh=mesh, **options), split_rows(mesh, axis=2)
+    return lambda state, rows: jitted(state, parts.target_params, parts.head_tables, jax.device_put(rows, split))
+
+
+def jit_step(
     parts: Trainable,
     optimizer: optax.GradientTransformation,
     objective: Objective,
@@ -79,10 +88,10 @@ def make_step(
     seed: int,
     mesh: Mesh,
     dtype: jnp.dtype,
-) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, Any]]]:
-    """``step(state, rows) -> (state, report)``; ``dtype`` is what the head computes in.
+) -> Any:
+    """``step(state, target_params, tables, rows) -> (state, report)``, jitted; ``dtype`` is what the head computes in.
 
-    parts: as ``Trainable.on`` placed them on the mesh. report: ``Measures`` summed over the first pass (rows that an
+    report: ``Measures`` summed over the first pass (rows that an
     echo shows again look better than they are), the loss of every update [echo * U], and the largest gradient norm.
     """
 
@@ -132,8 +141,7 @@ def make_step(
         return TrainState(*carry, state.step + 1), report
 
     whole, split = replicated(mesh), split_rows(mesh, axis=2)
-    jitted = jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, whole, split), out_shardings=whole)
-    return lambda state, rows: jitted(state, parts.target_params, parts.head_tables, jax.device_put(rows, split))
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, whole, split), out_shardings=whole)
 
 
 def make_evaluation(
