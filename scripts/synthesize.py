@@ -17,6 +17,7 @@ from pathlib import Path
 from common import add_mesh, mesh
 
 from jeagle import LLM
+from jeagle.host import described
 from jeagle.training.synthesis import Settings, synthesize
 
 
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             prompt_tokens=args.prompt_tokens,
         )
         llm = LLM(args.model, args.draft, dtype=args.dtype, max_batch_size=args.batch, **mesh(args))
+        print(f"{args.tensor_parallel_size * args.data_parallel_size} of: {described()}", file=sys.stderr)
         manifest = synthesize(
             llm,
             args.out,

@@ -18,6 +18,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jeagle.checkpoint import is_checkpoint, read_source
+from jeagle.host import described
 from jeagle.training.recipe import RecipeError, load_recipe
 from jeagle.training.run import prepare
 from jeagle.training.shards import alone_in
@@ -111,8 +112,8 @@ def main() -> int:
                 run = prepare(recipe, args.directory, on_report=show)
             except RecipeError as error:
                 raise RecipeError(f"{args.recipe}: {error}") from error
-            progress.console.print(run.summary)
             trainer = run.trainer
+            progress.console.print(f"{run.summary}; {trainer.mesh.size} of: {described()}")
             if trainer.step:
                 progress.console.print(f"going on after step {trainer.step}")
             progress.update(task, completed=trainer.step)
