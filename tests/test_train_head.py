@@ -99,7 +99,7 @@ def train(call, tmp_path):
 
 def test_from_recipe_to_text(train, files, tmp_path):
     code, said = train("--until", "2")
-    assert "answers cut or left out, as the chat template writes them otherwise in later turns: 1 " in said
+    assert "answers cut or left out, as the chat template writes them otherwise in later turns: 1; 1 of: cpu" in said
     assert code == 0 and not (tmp_path / "run" / "head").exists()
     code, said = train()
     assert code == 0 and "going on after step 2" in said and "held out: match" in said
