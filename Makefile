@@ -3,7 +3,7 @@
 #   make demo               SmolLM2-135M-Instruct with and without speculation (fetches 93 MB once)
 #   make test               ruff, mypy and pytest on the pinned versions of constraints.txt
 #   make test JAX=newest    pytest on the newest JAX and Flax that pyproject.toml allows
-#   make test-h100-compile  compile kernels and the decode loop for an H100 without one (fetches 142 MB once)
+#   make test-h100-compile  compile kernels, decode loops and a training step for H100s, without one (fetches 142 MB once)
 #   make test-triton        run the Triton kernels in Triton's interpreter (fetches 198 MB once); from then on
 #                           test-h100-compile compiles them too
 #   make lint               ruff and mypy alone

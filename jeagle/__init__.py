@@ -10,7 +10,6 @@ The shape key, used as suffixes (``q_BTKGH``, ``parent_BT``) and in einsum strin
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from jeagle.llm import LLM
     from jeagle.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from jeagle.sampling import SamplingParams
-
-# Of a GPU, which JAX reserves at its first use: 75% unless it is told. Plans count on 90%.
-if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.9"
 
 _HOME = {
     "Dispatch": "jeagle.dispatch",

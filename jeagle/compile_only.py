@@ -157,7 +157,9 @@ def _shapes(config: Any, dtype: Any, layout: Layout) -> Any:
     laid_out = filled(module, shapes)
     for _, part in nnx.iter_graph(laid_out):
         if isinstance(part, Experts):
-            part.implementation = resolve(part.implementation, "gpu")
+            kernel = part.gate_up[...]
+            here = jax.ShapeDtypeStruct(kernel.sharding.shard_shape(kernel.shape), kernel.dtype)
+            part.implementation = resolve(part.implementation, "gpu", here)
     return laid_out
 
 

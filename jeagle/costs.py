@@ -41,6 +41,7 @@ __all__ = [
     "save_costs",
 ]
 
+MEASUREMENT = 2  # another number for another way to measure: what is kept of the old one is not read again
 LAUNCHES, ROUNDS = 5, 8  # that each program is timed over, after one more launch of one round
 ENOUGH = 0.25  # seconds of a launch: where rounds take long, fewer tell as much
 
@@ -174,7 +175,7 @@ def environment_of(decoder: Decoder, program: Program) -> dict[str, Any]:
         mesh=None if layout is None else dict(layout.mesh.shape),
         rules=None if layout is None else dataclasses.asdict(layout.rules),
         jax=jax.__version__,
-        jeagle=jeagle.__version__,
+        jeagle=f"{jeagle.__version__}.{MEASUREMENT}",
         target=_digest(decoder.target_config.to_json()),
         head=None if head is None else _digest(head.to_json()),
         dtypes=[sorted({str(x.dtype) for x in jax.tree.leaves(params)}) for params in decoder.params],

@@ -199,8 +199,8 @@ class Decoder:
         plain round is exactly that, and a head that comes back remembers nothing before ``start_B``, and has no feature
         to guess from in its first round. Both can cost acceptance only, and memory is there for those who draft.
 
-        It takes a small part of a round (scripts/results/bench_decode_cpu_smollm2.json), and is made every eight rounds
-        at most: ``lax.switch`` inside the loop would have little to save, and every program would hold every tree.
+        It takes a small part of a round (scripts/results/bench_decode_cpu_smollm2.json), every eight rounds at most:
+        ``lax.switch`` inside the loop would have little to save, and every program would hold every tree.
         """
         draft = state.draft if new.drafts else None
         if draft is not None and new.num_path != old.num_path:
@@ -233,19 +233,20 @@ class Decoder:
     def _fresh_draft(self, state: DecodeState, program: Program) -> DraftState:
         """Of a head that has seen nothing: no pending position, an empty cache."""
         head, B, P = self.head_config, len(state.finish_B), program.num_path
+        num_pages = state.page_table_BM.size  # what creates is kept, and would keep the state
         if head is None:
             raise ValueError("this decoder has no draft head to switch to")
 
         def create(length_B: jax.Array) -> DraftState:
             return DraftState(
-                self._empty_cache(head, state.page_table_BM.size),
+                self._empty_cache(head, num_pages),
                 jnp.zeros((B, P, head.feature_width), self.dtype),
                 jnp.zeros((B, P), jnp.int32),
                 jnp.zeros(B, jnp.int32),
                 jnp.copy(length_B),  # a buffer of its own: both are donated
             )
 
-        return self._created(("draft", B, P, state.page_table_BM.size), create, state.length_B)
+        return self._created(("draft", B, P, num_pages), create, state.length_B)
 
     @property
     def row_shards(self) -> int:
@@ -344,9 +345,9 @@ class Decoder:
 def precision_of(dtype: jnp.dtype, platform: str | None = None) -> str | None:
     """The precision, by JAX's name, that products need on a platform (the default one if None); None: as it stands.
 
-    A GPU multiplies float32 in TF32 unless told otherwise. That is good to 5e-4, and errs otherwise for one node than
-    for several, so texts part at near-ties as they do in bfloat16: on an H100 3 of 10 of 256 tokens did
-    (scripts/results/h100/smollm2.json). Decoding waits for weights, not for products. What the user has set stays.
+    A GPU multiplies float32 in TF32 unless told otherwise, good to 5e-4, and errs otherwise for one node than for
+    several: on an H100 3 of 10 texts of 256 tokens parted at near-ties (scripts/results/h100/smollm2.json). Decoding
+    waits for weights, not for products. What the user has set stays.
     """
     wanted = jax.config.jax_default_matmul_precision is None and dtype == jnp.float32
     return "highest" if wanted and (platform or jax.default_backend()) != "cpu" else None

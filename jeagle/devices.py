@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DEVICES", "Device"]
+__all__ = ["DEVICES", "MEMORY_SHARE", "Device"]
+
+MEMORY_SHARE = 0.9  # of a device's memory, to be filled: the rest is for CUDA, NCCL's buffers and prefill's temporaries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ Every process runs the same script: it joins with ``connect`` before JAX is used
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import jax
 
-__all__ = ["HEARTBEAT_SECONDS", "DeviceMemoryError", "PeerError", "connect", "explained", "out_of_memory"]
+__all__ = ["HEARTBEAT_SECONDS", "DeviceMemoryError", "PeerError", "connect", "explained"]
 
 # A process that says nothing for so long is taken for dead, and the others are ended: JAX's default of 100 s would
 # leave a service that many hang for minutes.
@@ -22,7 +23,7 @@ class PeerError(ConnectionError):
     """Another process of this program failed, said in one sentence."""
 
 
-class DeviceMemoryError(MemoryError):
+class DeviceMemoryError(MemoryError, ValueError):
     """A device has no room for weights, caches or what a round computes, said in one sentence."""
 
 
@@ -74,30 +75,26 @@ def connect(
         raise PeerError(f"the other processes did not join within {patience_seconds} s ({reason})") from error
 
 
+FEWER_ROWS = (
+    "lower max_batch_size or max_model_len, halve the caches with kv_cache_dtype='fp8', or split the model with "
+    "tensor_parallel_size: `jeagle plan` says what fits"
+)
+
+
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turn what the runtime says when memory is full or a peer is gone into one sentence. Other errors of this
-    process's own pass as they are: all where it is alone, those of arguments in any case."""
+def explained(mend: str = FEWER_ROWS) -> Iterator[None]:
+    """Turn what the runtime says when memory is full (mend: what helps then) or a peer is gone into one sentence. Other
+    errors of this process's own pass as they are: all where it is alone, those of arguments and resources in any case.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if said := out_of_memory(error):
-            raise DeviceMemoryError(
-                f"{said}; lower max_batch_size or max_model_len, halve the caches with kv_cache_dtype='fp8', or split "
-                "the model with tensor_parallel_size: `jeagle plan` says what fits"
-            ) from error
-        if jax.process_count() == 1 or str(error).startswith("INVALID_ARGUMENT"):
-            raise
         reason = str(error).splitlines()[0][:200]
+        if re.match("RESOURCE_EXHAUSTED: .*(out of memory|allocat)", reason, re.IGNORECASE):
+            raise DeviceMemoryError(f"a device's memory is full ({reason.partition(': ')[2]}); {mend}") from error
+        if jax.process_count() == 1 or reason.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
+            raise
         raise PeerError(
             f"process {jax.process_index()} of {jax.process_count()} lost another process ({reason}); see what that "
             "one said, then start all of them again"
         ) from error
-
-
-def out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
-    """What has no room, if that is the error: the beginning of a sentence."""
-    first, _, rest = str(error).partition(":")
-    if first != "RESOURCE_EXHAUSTED":
-        return ""
-    return f"a device's memory is full ({rest.strip().splitlines()[0][:200]})"

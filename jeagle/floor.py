@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jeagle.config import BlockConfig, EagleConfig, LlamaConfig
-from jeagle.devices import Device
+from jeagle.devices import MEMORY_SHARE, Device
 from jeagle.footprint import FORMATS, Format, PlanError, Split, Weight, head_weights, position_bytes, target_weights
 from jeagle.llama4_config import Llama4Config
 
@@ -48,7 +48,7 @@ class Job:
     tree: TreePlan | None
     tokens_per_call: float = 1.0  # bonus token included, as ``RequestMetrics`` counts; 1 without a head
     efficiency: float = 1.0  # share of bandwidth and peak that is reached
-    memory_fraction: float = 0.9  # of a device's memory: the rest is for CUDA, NCCL's buffers and prefill's temporaries
+    memory_fraction: float = MEMORY_SHARE
     link_latency: float | None = None  # seconds per all-reduce; None: the device's
 
     def __post_init__(self) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import jax
 
-__all__ = ["described", "has_avx512", "like_here", "processor"]
+from jeagle.devices import MEMORY_SHARE
+
+__all__ = ["described", "has_avx512", "like_here", "processor", "take_memory"]
 
 
 @cache
@@ -45,3 +47,16 @@ def like_here(description: str) -> bool:
         return device, host.partition(",")[0] if device == "cpu" else ""
 
     return parts(description) == parts(described())
+
+
+def take_memory() -> None:
+    """Start JAX, where that has not been done, with MEMORY_SHARE of each GPU's memory in place of its own 75%, unless
+    the environment says how much. The environment stays as it is: child processes have their own GPUs."""
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # JAX takes one of them alone
+    if any(name in os.environ for name in names):
+        return
+    os.environ[names[0]] = str(MEMORY_SHARE)
+    try:
+        jax.devices()
+    finally:
+        del os.environ[names[0]]

@@ -28,7 +28,7 @@ from jeagle.dispatch import Dispatch, Dispatcher
 from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
-from jeagle.host import like_here
+from jeagle.host import like_here, take_memory
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
@@ -57,8 +57,8 @@ class LLM:
         into the cache directory), or a ``Llama`` module.
       draft: the same for the head, the name of one that comes with the package (``jeagle.heads.names()``), or an
         ``EagleHead`` module; None decodes plainly.
-      tree: "auto" (at each batch size, greedy or sampled, the tree that its ``trees.json`` has for the head on such a
-        device; else a chain of 3, the paper's choice at every batch size but the smallest, of 1 on a CPU), a name
+      tree: "auto" (at each batch size, greedy or sampled, the tree that its ``trees.json`` has for the head on such
+        devices; else a chain of 3, the paper's choice at every batch size but the smallest, of 1 on a CPU), a name
         ("chain-5", "eagle-26", "dynamic", "dynamic-DEPTH-TOPK-TOTAL"), a list of paths of child ranks, a plan, or
         "dispatch", which measures several and uses the fastest; ``Dispatch`` says which and how. "+lookup" after a
         name: rows whose text repeats itself are drafted from it (``jeagle/lookup.py``), as with "auto"; "lookup-4"
@@ -83,7 +83,7 @@ class LLM:
     Raises ValueError (CheckpointError, ConversionError among them) with one sentence that says what to mend.
     """
 
-    @explained()
+    @explained("take dtype='fp8', or split the model with tensor_parallel_size: `jeagle plan` says what fits")
     def __init__(
         self,
         model: str | Path | Llama,
@@ -121,6 +121,7 @@ class LLM:
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
         if kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}")
+        take_memory()
         attention_registry.resolve(attention)
         if resolve_sampler(sampler, whole=tensor_parallel_size == 1) == "pallas" and tensor_parallel_size > 1:
             raise ValueError("sampler 'pallas' reads whole vocabularies; with tensor_parallel_size > 1 use 'xla'")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jeagle.config import EagleConfig
-from jeagle.devices import DEVICES
+from jeagle.devices import DEVICES, MEMORY_SHARE
 from jeagle.floor import Job
 from jeagle.footprint import CACHE_FORMATS, PlanError, Split, find_format
 from jeagle.plan import Plan, by_batch, check_fits, compiled_plan, with_draft
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-per-call", type=float, help="what the head reaches with this tree, bonus included")
     parser.add_argument("--efficiency", type=float, default=1.0, help="share of bandwidth and peak; 1 is the floor")
     parser.add_argument("--latency", type=float, metavar="US", help="of an all-reduce, microseconds (the GPU's)")
-    parser.add_argument("--memory-fraction", type=float, default=0.9, help="of each device's memory, to be filled")
+    parser.add_argument("--memory-fraction", type=float, default=MEMORY_SHARE, help="of each device's memory")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="ms per token and speed-up by batch")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="the figures")
     parser.add_argument("--compile", action="store_true", help="compile the decode loop for these GPUs, without any")

@@ -84,8 +84,9 @@ def refusal(gate_up_ED2F: jax.Array | jax.ShapeDtypeStruct) -> str:
     _, D, _, F = gate_up_ED2F.shape
     if D % 16 or F % 16:
         return f"widths {D} and {F} are not both multiples of 16"
-    if gate_up_ED2F.dtype.itemsize == 1 and 2**31 < math.prod(gate_up_ED2F.shape) <= 2**32:  # offsets have 32 bits
-        return f"8-bit weights {gate_up_ED2F.shape} lie between 2 and 4 GiB"
+    both = math.prod(gate_up_ED2F.shape)
+    if gate_up_ED2F.dtype.itemsize == 1 and any(2**31 < size <= 2**32 for size in (both, both // 2)):  # of down
+        return f"8-bit weights {gate_up_ED2F.shape} lie between 2 and 8 GiB, and offsets have 32 bits up to 4"
     return ""
 
 

@@ -1,7 +1,7 @@
 """Does a training step fit a GPU? Answered on a machine that has none.
 
     python scripts/compile_train.py scripts/recipes/llama-3.1-8b-eagle3.toml --shape llama-3.1-8b --plugin .h100
-    python scripts/compile_train.py RECIPE.toml --devices 8      the rows split over eight; the target is then read
+    python scripts/compile_train.py RECIPE.toml --devices 8      its target's config, and the rows split over eight
 
 Compiles a recipe's step, target, head, losses and optimizer, and says what each device holds: weights, optimizer and
 rows, and what is temporary. Attention is XLA's here, as cuDNN's needs its device, so the temporaries are the most that
@@ -24,7 +24,7 @@ from jeagle.plan_command import COMPILE_ENVIRONMENT
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("recipe", help="a TOML file; see scripts/recipes")
-parser.add_argument("--shape", help="of the target, by name (llama-3.1-8b, ..): its checkpoint is then not needed")
+parser.add_argument("--shape", help="of the target, by name (llama-3.1-8b, ..); else the recipe's, a directory")
 parser.add_argument("--gpu", default="h100", choices=["h100", "h200"])
 parser.add_argument("--devices", type=int, default=1)
 parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
@@ -38,12 +38,11 @@ import jax
 import jax.numpy as jnp
 from common import environment, write_result
 
-from jeagle.checkpoint import abstract, load_config
+from jeagle.checkpoint import abstract
 from jeagle.compile_only import CannotCompile, absent_mesh
 from jeagle.config import LlamaConfig
-from jeagle.devices import DEVICES
-from jeagle.locate import cache_directory, locate
-from jeagle.sizes import size
+from jeagle.devices import DEVICES, MEMORY_SHARE
+from jeagle.sizes import find_config
 from jeagle.training.packing import Rows
 from jeagle.training.recipe import Recipe, load_recipe
 from jeagle.training.step import Trainable, TrainState, jit_step
@@ -72,11 +71,9 @@ def main() -> int:
         recipe = load_recipe(args.recipe)
         if recipe.run.rows % args.devices:
             raise ValueError(f"run.rows ({recipe.run.rows}) must be a multiple of --devices ({args.devices})")
-        if args.shape is None:
-            target = load_config(locate(recipe.target, cache_directory(), kind="llama"))
-        else:
-            target = size(args.shape)
-        assert isinstance(target, LlamaConfig)
+        target = find_config(args.shape or recipe.target)
+        if not isinstance(target, LlamaConfig):
+            raise ValueError(f"{args.shape or recipe.target} is a head; name the target that it drafts for")
         found = compile_step(recipe, target)
     except CannotCompile as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,7 +81,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    usable = 0.9 * DEVICES[args.gpu].memory_bytes
+    usable = MEMORY_SHARE * DEVICES[args.gpu].memory_bytes
     needed = found["argument_bytes"] + found["temp_bytes"]
     print(
         f"each of {args.devices} {args.gpu} holds {found['argument_bytes'] / 1e9:.1f} GB of weights, optimizer and "

@@ -135,11 +135,12 @@ def run_process(part: str, variant: str, args: argparse.Namespace, seconds: floa
     flags += ["--xla_backend_optimization_level=0"] * args.tiny  # compiling is all that tiny programs cost
     defaults = dict(
         XLA_PYTHON_CLIENT_PREALLOCATE="false",  # what a part needs, and no more
-        XLA_CLIENT_MEM_FRACTION="0.92",
         JAX_COMPILATION_CACHE_DIR=str(cache_directory() / "xla"),  # a run that goes on compiles nothing twice
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.05" if args.tiny else "0.5",
         HF_HUB_OFFLINE="1",
     )
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # JAX takes one of the two names alone
+        defaults["XLA_CLIENT_MEM_FRACTION"] = "0.92"
     environ = defaults | os.environ | dict(XLA_FLAGS=" ".join(filter(None, flags)))
     say(path, variant, "running")
     with log.open("ab") as errors:

@@ -156,6 +156,8 @@ def main() -> int:
         for name, least in (("nodes", 2), ("depths", 1), ("batch", 1), ("ranks", 1)):
             if np.min(getattr(args, name)) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+        if uneven := [batch for batch in args.batch if batch % args.data_parallel_size]:
+            raise ValueError(f"--batch {uneven[0]} does not split over {args.data_parallel_size} groups of devices")
         check_outputs(args.out, None)
         here = environment()
         wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)

@@ -1,4 +1,5 @@
-"""Decode loops of the largest models for eight H100s, compiled without one (scripts/compile_mesh.py), against plans."""
+"""Decode loops of the largest models for eight H100s, compiled without one (scripts/compile_mesh.py), against plans,
+and a step of training."""
 
 from __future__ import annotations
 

@@ -32,12 +32,15 @@ def read_texts(path: Path) -> list[str]:
 
 
 def read_conversations(path: Path) -> list[list[Message]]:
-    """Those of JSON lines {"messages": [...]}, or of EAGLE's questions {"turns": [...]}. Raises DataError."""
+    """Those of JSON lines {"messages": [...]}, or of EAGLE's questions {"turns": [...]}, perhaps with a "system".
+    Raises DataError."""
     conversations = []
     for number, record in read_json_lines(path):
         turns, said = record.get("turns"), record.get("messages")
         if isinstance(turns, list):
-            said = [{"role": "user", "content": turn} for turn in turns]
+            system = record.get("system")
+            said = [] if system is None else [{"role": "system", "content": system}]
+            said += [{"role": "user", "content": turn} for turn in turns]
         if not _is_conversation(said):
             raise DataError(
                 f'{path}, line {number} is not {{"messages": [{{"role": ..., "content": ...}}, ...]}} or '

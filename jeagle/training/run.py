@@ -16,7 +16,9 @@ import numpy as np
 from jeagle.checkpoint import load_eagle, load_llama
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decoder import check_pair
+from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
+from jeagle.host import take_memory
 from jeagle.llama import Llama
 from jeagle.llama4_config import Llama4Config
 from jeagle.locate import cache_directory, check_vocabulary, locate
@@ -28,7 +30,7 @@ from jeagle.training.packing import Rows, pack
 from jeagle.training.prompts import end_of_turn
 from jeagle.training.recipe import Recipe, RecipeError
 from jeagle.training.shards import hashes, shard_files
-from jeagle.training.trainer import Trainer
+from jeagle.training.trainer import SMALLER_STEPS, Trainer
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
 __all__ = ["Run", "check_form", "check_length", "load_documents", "prepare", "starting_head"]
@@ -42,6 +44,7 @@ class Run(NamedTuple):
     summary: str  # one line for the user
 
 
+@explained(SMALLER_STEPS)
 def prepare(
     recipe: Recipe,
     directory: str | Path,
@@ -51,8 +54,10 @@ def prepare(
 ) -> Run:
     """Load what the recipe names, check that it fits together, and resume ``directory`` if it holds this run.
 
-    Raises RecipeError, DataError, CheckpointError, ConversionError or TrainingError, each in one sentence.
+    Raises RecipeError, DataError, CheckpointError, ConversionError, DeviceMemoryError or TrainingError, each in one
+    sentence.
     """
+    take_memory()
     target_dir = locate(recipe.target, cache_directory(), kind="llama")
     target = load_llama(target_dir, dtype=recipe.run.dtype)
     check_length(recipe, target.config)

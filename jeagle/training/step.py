@@ -91,8 +91,8 @@ def jit_step(
 ) -> Any:
     """``step(state, target_params, tables, rows) -> (state, report)``, jitted; ``dtype`` is what the head computes in.
 
-    report: ``Measures`` summed over the first pass (rows that an
-    echo shows again look better than they are), the loss of every update [echo * U], and the largest gradient norm.
+    report: ``Measures`` summed over the first pass (rows that an echo shows again look better than they are), the loss
+    of every update [echo * U], and the largest gradient norm.
     """
 
     def update(target: Llama, tables: Any, carry, chosen):

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jeagle.checkpoint_writer import save
-from jeagle.distributed import out_of_memory
+from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 from jeagle.sharding import data_mesh, replicated
@@ -43,11 +43,17 @@ from jeagle.training.shards import alone_in
 from jeagle.training.step import Trainable, TrainState, make_evaluation, make_step
 from jeagle.training.unroll import Measures
 
-__all__ = ["Trainer", "TrainingError", "make_optimizer"]
+__all__ = ["SMALLER_STEPS", "Trainer", "TrainingError", "make_optimizer"]
 
 # What may differ when a run goes on: how long it is, how often it looks up, and what tames one that diverged. The
 # schedule follows the new length and rate.
 RESUMABLE = {"run": ("steps", "save_every", "evaluate_every", "keep"), "optimizer": ("learning_rate", "clip")}
+
+
+SMALLER_STEPS = (  # where a device's memory is full
+    "set objective.remat, or lower run.rows (and raise run.accumulate by as much), data.pack_length or "
+    "head.draft_vocab_size, and train into another directory: scripts/compile_train.py says what fits"
+)
 
 
 class TrainingError(RuntimeError):
@@ -139,7 +145,7 @@ class Trainer:
         for step in range(begin, last):
             began = time.perf_counter()
             rows = self.loader[step]
-            with _fitting(self.saved):
+            with explained(SMALLER_STEPS):
                 self.state, report = self._step(self.state, rows)
                 report = jax.device_get(report)
             seconds = time.perf_counter() - began
@@ -167,7 +173,8 @@ class Trainer:
         totals: dict[str, Measures] = {}
         for name, rows in self.held_out.items():
             for part in groups(rows, self.recipe.run.rows):
-                found = jax.device_get(self._evaluate(self.state.params, part))
+                with explained(SMALLER_STEPS):
+                    found = jax.device_get(self._evaluate(self.state.params, part))
                 totals[name] = jax.tree.map(np.add, totals[name], found) if name in totals else found
         if not totals:
             return {}
@@ -307,20 +314,6 @@ def _explained(directory: Path, saved: int) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or (full if full in str(error) else error)
         safe = f"the checkpoint of step {saved} is good" if saved else "no checkpoint was made yet"
         raise TrainingError(f"cannot write in {directory}: {reason}; {safe}: make room and run again") from error
-
-
-@contextlib.contextmanager
-def _fitting(saved: int) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if said := out_of_memory(error):
-            safe = f"the checkpoint of step {saved} is good" if saved else "nothing was saved yet"
-            raise TrainingError(
-                f"{said}; {safe}: set objective.remat, lower run.rows (and raise run.accumulate by as much), "
-                "data.pack_length or head.draft_vocab_size, and train into another directory"
-            ) from error
-        raise
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

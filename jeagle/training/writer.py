@@ -75,7 +75,7 @@ class _Work:
     """A document being written."""
 
     index: int
-    asked: str  # all user turns, or the text to continue: what repeats and evaluation prompts are looked for in
+    asked: str  # all user turns, or the text to continue: what evaluation prompts are looked for in
     key: str
     token_ids: list[int]
     messages: list[Message] | None = None  # so far; None for a text

@@ -39,7 +39,7 @@ def real_pair(settings: Settings, dtype: str) -> tuple[LLM, Sequence[Any]]:
     if not settings.smollm2.exists():
         raise Skip(f"{settings.smollm2} is not here; make demo fetches it, or name it with --smollm2")
     questions = load_questions(PROMPTS, QUESTIONS)
-    conversations = [[dict(role="user", content=q.turns[0])] for q in questions]
+    conversations = [q.opening for q in questions]
     return LLM(settings.smollm2, draft=HEAD, dtype=dtype, attention=settings.attention), conversations
 
 
