@@ -41,6 +41,15 @@ def test_every_tensor_arrives(tmp_path, tied, bias, shards):
     assert len(about["sha256"]) == (2 if shards == 1 else 2 + shards)
 
 
+@pytest.mark.parametrize("lacking", ["mlp", "self_attn"])
+def test_biases_of_one_kind_alone(tmp_path, lacking):
+    tensors = {n: x for n, x in make_tensors(bias=True).items() if not (lacking in n and n.endswith("bias"))}
+    flags = {"attention_bias": lacking == "mlp", "mlp_bias": lacking != "mlp"}
+    made = convert.convert(make_hf(tmp_path / "hf", tensors, **flags), tmp_path / "ours")
+    config = load_config(made)
+    assert (config.attention_bias, config.mlp_bias) == (lacking == "mlp", lacking != "mlp")
+
+
 @pytest.mark.parametrize(
     ("stored", "asked", "made"),
     [

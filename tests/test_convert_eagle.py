@@ -54,6 +54,20 @@ def test_rules_fill_the_head_exactly(form):
     check_token_maps(Tensors(weights), table.config)
 
 
+@pytest.mark.parametrize(("embedding", "feature"), [("enorm", "hnorm"), ("embed_layernorm", "hidden_states_layernorm")])
+def test_norms_before_fc_by_their_other_names(embedding, feature):
+    """Both are as wide: exchanged they would load, and draft badly."""
+
+    def rename(weights):
+        weights[f"{embedding}.weight"] = weights.pop("embedding_layernorm.weight")
+        weights[f"{feature}.weight"] = weights.pop("hidden_states_layernorm.weight")
+
+    plain, renamed = filled("hass", change=lambda weights: None), filled("hass", change=rename)
+    assert plain.keys() == renamed.keys()
+    assert all(np.array_equal(plain[path], renamed[path]) for path in plain)
+    assert not np.array_equal(plain["embed_norm.scale"], plain["hidden_norm.scale"])
+
+
 EXPECTED = {
     "eagle1": {"fusion": "concat", "taps": (), "own_embedding": True, "own_lm_head": False, "first_block_norm": False},
     "hass": {"fusion": "concat", "input_norms": True, "fc_bias": True, "final_norm": False},

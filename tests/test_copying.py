@@ -56,6 +56,19 @@ def test_heads_that_copy_draft_what_followed_before(norm_before_residual, monkey
     np.testing.assert_array_equal(head.blocks[0].qkv.kernel[:, other], untouched[:, other])
 
 
+def test_heads_that_do_least_give_way_and_each_copies_a_part():
+    target = tiny_llama()
+    head = eagle_head(target, num_heads=8, num_kv_heads=4)
+    for k in (1, 2):
+        out = head.blocks[0].out.kernel
+        out.set_value(out[...].at[k].multiply(10.0))
+    before = head.blocks[0].qkv.kernel[...]
+    assert sorted(graft_copying(head, target, repeated(60, seed=6), 2)) == [0, 3]
+    after = head.blocks[0].qkv.kernel[...]
+    np.testing.assert_array_equal(after[:, 1:3], before[:, 1:3])
+    assert np.abs(after[:, 0, -1] - after[:, 3, -1]).max() > 0.01  # one reads one half of what is copied, one the other
+
+
 def test_only_attention_that_tells_feature_from_embedding_can_copy():
     target = tiny_llama()
     rows = repeated(2, seed=0)

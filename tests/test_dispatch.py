@@ -304,6 +304,18 @@ def test_generate_with_a_dispatcher(tmp_path) -> None:
     assert llm.dispatcher.acceptance[False].kept_DC[0, 0] > 10
 
 
+def test_lookups_are_learnt(tmp_path) -> None:
+    costs = CostTable({Setting(1, 256, False): {OFF: 1.0, parse_tree("lookup-5"): 0.1}})
+    llm = make_llm(tmp_path, tree=Dispatch(candidates=["lookup-5"], costs=costs, half_life=np.inf))
+    (out,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=60, ignore_eos=True), use_tqdm=False)
+    assert llm.dispatcher is not None
+    acceptance, looked = llm.dispatcher.acceptance[False], np.array(out.metrics.lookup_histogram)
+    assert looked.sum() > 3 and looked[2:].sum() > 0
+    kept_D = [looked[k:].sum() for k in range(6)]  # rounds that looked up, and that kept 1, 2, .. of it
+    np.testing.assert_allclose(acceptance.looked_kept_D, kept_D)
+    np.testing.assert_allclose(acceptance.looked_tried_D, [out.metrics.num_rounds, *kept_D[:-1]])
+
+
 def test_a_course_tells_how_even_its_rows_were(tmp_path, monkeypatch) -> None:
     told = []
     monkeypatch.setattr(Dispatcher, "ended", lambda self, *given: told.append(given))

@@ -16,14 +16,15 @@ from test_text import ByteTokenizer
 
 from jeagle import LLM, RequestOutput, SamplingParams, serving
 from jeagle.checkpoint_writer import save
+from jeagle.costs import CostTable, Setting
 from jeagle.course import Look
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.dispatch import Choice, Dispatch, Dispatcher
 from jeagle.requests import Row
-from jeagle.serving import Seat, _finished
+from jeagle.serving import ROUNDS_BETWEEN_STOP_CHECKS, Seat, _finished
 from jeagle.text import Detokenizer
-from jeagle.tree import OFF
+from jeagle.tree import OFF, StaticTree
 
 QUIET = dict(use_tqdm=False)
 OPTIONS = dict(page_size=PAGE, prefill_chunk=16, max_model_len=CAPACITY)
@@ -102,7 +103,7 @@ def test_under_trees_that_change_with_every_launch(pair, monkeypatch):
     assert {name for out in switched for name in out.metrics.rounds_by_tree} == {"off", "chain-1", "chain-3"}
 
 
-def test_stop_strings_in_turns(tmp_path):
+def test_stop_strings_in_turns(tmp_path, monkeypatch):
     target, head = reciting_pair()
     checkpoint = save(target, tmp_path / "target", extra_files=tiny_tokenizer.tokenizer_files())
     prompts = list("abcdfghijkl")
@@ -112,6 +113,21 @@ def test_stop_strings_in_turns(tmp_path):
     ]
     assert [out.outputs for out in outputs[0]] == [out.outputs for out in outputs[1]]  # rounds after a match are wasted
     assert outputs[0][0].outputs[0].text.endswith("m.") and outputs[0][0].outputs[0].stop_reason == "STOP"
+
+    # Where one is wanted the host looks often, and the dispatcher is told whether others wait.
+    launched, queued = [], []
+    launch, choose = Decoder.launch, Dispatcher.choose
+    monkeypatch.setattr(Decoder, "launch", lambda self, *args: launched.append(args[2]) or launch(self, *args))
+    llm = LLM(checkpoint, head, tree="chain-2", max_batch_size=2)
+    for stop, most in ((("STOP",), ROUNDS_BETWEEN_STOP_CHECKS), ((), 64)):
+        launched.clear()
+        llm.generate(prompts[:1], SamplingParams(max_tokens=40, stop=stop), **QUIET)
+        assert set(launched) == {most}
+    monkeypatch.setattr(Dispatcher, "choose", lambda self, *args: queued.append(args[1]) or choose(self, *args))
+    costs = CostTable({Setting(2, 256, False): {OFF: 1.0, StaticTree.chain(1): 0.5}})
+    dispatched = LLM(checkpoint, head, tree=Dispatch(candidates=["chain-1"], costs=costs), max_batch_size=2)
+    dispatched.generate(prompts[:5], SamplingParams(max_tokens=9, ignore_eos=True), **QUIET)
+    assert queued[0] and not queued[-1]
 
 
 def test_a_stop_string_in_what_was_held_back():

@@ -34,6 +34,7 @@ from jeagle.training.recipe import (
 )
 from jeagle.training.run import check_length, load_documents
 from jeagle.training.trainer import Trainer, TrainingError, make_optimizer
+from jeagle.training.unroll import packed_attention
 from jeagle.training.vocabulary import choose_vocabulary, coverage
 
 LENGTH = 24
@@ -400,3 +401,14 @@ def test_initial_heads_take_the_targets_weights():
     mine, theirs = head.blocks[0].qkv.kernel[...][32:], last.qkv.kernel[...]
     np.testing.assert_array_equal(mine[:, :, 0].reshape(32, 4, 8), theirs[:, :, :2].reshape(32, 4, 8))
     np.testing.assert_array_equal(mine[:, :, 1], jnp.repeat(theirs[:, :, 2], 2, axis=1))
+    np.testing.assert_array_equal(mine[:, :, 2], jnp.repeat(theirs[:, :, 3], 2, axis=1))
+    # What it adds means as much to a stream of size one as the last block's to its own.
+    stream_BTD = target.run(rows.token_BT, rows.position_BT, packed_attention(rows), taps=(len(target.blocks),))[1]
+    size = np.median(np.sqrt(np.mean(np.asarray(stream_BTD) ** 2, axis=-1))[np.asarray(rows.segment_BT) > 0])
+    np.testing.assert_allclose(head.blocks[0].down.kernel[...] * size, last.down.kernel[...], rtol=1e-4)
+    out, theirs = head.blocks[0].out.kernel[...], last.out.kernel[...]
+    np.testing.assert_allclose(out.reshape(theirs.shape) * size, theirs, rtol=1e-4)
+    # The last tap passes, the others whisper.
+    fresh = new_head(config, target, jnp.arange(5, 15), seed=0, sample=None)
+    passed = head.fc.kernel[...] - fresh.fc.kernel[...]
+    np.testing.assert_allclose(passed, np.eye(len(passed), 32, 32 - len(passed)), atol=1e-6)

@@ -181,16 +181,22 @@ def test_measures_are_acceptance_and_agreement():
     tokens = np.random.default_rng(5).integers(0, 97, 16).tolist()
     rows = one_document(tokens)
     K = 3
-    _, measures = judge(head, target, rows, Objective(LOSSES["tv"], K))
+    loss, measures = judge(head, target, rows, Objective(LOSSES["tv"], K, decay=0.5, reach=2.0))
     teacher, steps = run_student(head, target, rows, K)
     p_TV = np.asarray(jax.nn.softmax(target.logits(teacher.hidden_BTD)[0], axis=-1))
     ids = np.asarray(head.draft_to_target[...])
-    alpha, match = np.zeros((K, 16)), np.zeros((K, 16))
+    alpha, match, inside = np.zeros((3, K, 16))
     for k, hidden in enumerate(steps):
         q_TW = np.asarray(jax.nn.softmax(head.logits(hidden, target)[0], axis=-1))
         for i in range(16 - k - 1):
             alpha[k, i] = np.minimum(p_TV[i + 1 + k][ids], q_TW[i]).sum()
             match[k, i] = ids[q_TW[i].argmax()] == p_TV[i + 1 + k].argmax()
+            inside[k, i] = p_TV[i + 1 + k].argmax() in ids
+    # A depth weighs decay^k, by the chance that decoding gets there, where the target's choice can be drafted at all.
+    reach = np.cumprod([np.ones(16), *np.maximum(alpha, 1e-3)[:-1] ** 2], axis=0)
+    each = np.sum((1 - alpha) * inside * reach, axis=1) / (16 - 1 - np.arange(K))
+    assert 0 < inside.sum() < 3 * 16 - 6
+    assert loss == pytest.approx(np.average(each, weights=0.5 ** np.arange(K)), rel=1e-4)
     np.testing.assert_allclose(measures.alpha, alpha.sum(1), rtol=1e-4)
     assert measures.match.tolist() == match.sum(1).tolist()
     assert measures.chain_num.tolist() == [16 - K] * K
@@ -267,6 +273,23 @@ def test_losses_are_least_at_the_target_and_push_towards_it(name):
     assert acceptance(p, jax.nn.log_softmax(step)) > acceptance(p, jax.nn.log_softmax(logits))
     if name in ("kl", "tv", "nla", "lk"):
         assert float(best) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("off", [0.1, 1.0, 6.0])
+def test_lk_is_kl_while_the_head_is_poor_and_acceptance_as_it_improves(off):
+    rng = np.random.default_rng(0)
+    logits, noise = rng.standard_normal((2, 6))
+    p_n = np.exp(logits) / np.exp(logits).sum() * 0.9  # a draft vocabulary that holds nine tenths
+    x_n = logits + off * noise
+    q_n = np.exp(x_n) / np.exp(x_n).sum()
+    alpha = np.minimum(p_n, q_n).sum()
+    share, kl = np.exp(-3 * alpha), np.sum(p_n / 0.9 * np.log(p_n / 0.9 / q_n))
+    of = {
+        name: lambda x, name=name: LOSSES[name](jnp.asarray(p_n), jax.nn.log_softmax(x)) for name in ("lk", "kl", "tv")
+    }
+    assert of["lk"](jnp.asarray(x_n)) == pytest.approx(share * kl + (1 - share) * (1 - alpha), rel=1e-4)
+    lk, kl_n, tv_n = (np.asarray(jax.grad(of[name])(jnp.asarray(x_n))) for name in ("lk", "kl", "tv"))
+    np.testing.assert_allclose(lk, share * kl_n + (1 - share) * tv_n, atol=1e-6)  # the share itself is not learnt
 
 
 def test_eagle1_regresses_the_targets_features():
