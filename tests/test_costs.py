@@ -8,15 +8,18 @@ import json
 import numpy as np
 import pytest
 from test_dispatch import CHAIN_1, CHAIN_3, TABLE, make_llm
+from test_exactness import markov_head, markov_target
 
-from jeagle import SamplingParams, dispatch
+from jeagle import SamplingParams, costs, dispatch
 from jeagle.costs import Setting, load_costs, modelled_costs, monotone, save_costs
+from jeagle.decode import Program
+from jeagle.decoder import Decoder
 from jeagle.devices import DEVICES
 from jeagle.dispatch import Dispatch
 from jeagle.floor import Job
 from jeagle.footprint import Split
 from jeagle.sizes import head_for, size
-from jeagle.tree import OFF
+from jeagle.tree import OFF, parse_tree
 
 
 def test_monotone() -> None:
@@ -129,3 +132,21 @@ def test_filters_have_costs_of_their_own(tmp_path, monkeypatch) -> None:
     assert measured == [(False, False, False), (True, False, False), (True, True, True)]
     (path,) = (tmp_path / "costs").glob("*.json")
     assert len(load_costs(path).rounds) == 3
+
+
+def test_measured_rounds_look_nothing_up(monkeypatch) -> None:
+    """The measured text is all zeros: lookups would find something in every round, and no head would be timed."""
+    monkeypatch.setattr(costs, "ENOUGH", 0.01)
+    target = markov_target()
+    looked, launch = [], Decoder.launch
+
+    def watched(self, *args):
+        state = launch(self, *args)
+        looked.append(int(np.asarray(state.looked_BP).sum()))
+        return state
+
+    monkeypatch.setattr(Decoder, "launch", watched)
+    plan = parse_tree("chain-1+lookup")
+    decoder = Decoder(target, markov_head(target), page_size=16)
+    assert costs.measure_rounds(decoder, Program(), [plan], Setting(2, 64, False))[plan] > 0
+    assert len(looked) == 2 + costs.LAUNCHES and not any(looked)
