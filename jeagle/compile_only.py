@@ -157,7 +157,7 @@ def _shapes(config: Any, dtype: Any, layout: Layout) -> Any:
     laid_out = filled(module, shapes)
     for _, part in nnx.iter_graph(laid_out):
         if isinstance(part, Experts):
-            kernel = part.gate_up[...]
+            kernel = part.gate_up.get_value()
             here = jax.ShapeDtypeStruct(kernel.sharding.shard_shape(kernel.shape), kernel.dtype)
             part.implementation = resolve(part.implementation, "gpu", here)
     return laid_out
