@@ -40,7 +40,7 @@ demo: $(INSTALLED)
 # programs runs for milliseconds: those are compiled without LLVM's optimisations, in a third less time.
 COMPILING := $(patsubst %,tests/test_%.py,bench_generate bench_peers bench_queue bench_train costs dispatch distributed drafting \
 	exactness fp8_weights grouped_mlp llama4 llm loop serving sharding switching synthetic train_head training \
-	training_moe tree_table unroll)
+	training_faults training_moe tree_table unroll)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: $(INSTALLED) $(if $(filter pinned,$(JAX)),lint)

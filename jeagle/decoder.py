@@ -199,8 +199,8 @@ class Decoder:
         plain round is exactly that, and a head that comes back remembers nothing before ``start_B``, and has no feature
         to guess from in its first round. Both can cost acceptance only, and memory is there for those who draft.
 
-        It takes a small part of a round (scripts/results/bench_decode_cpu_smollm2.json), every eight rounds at most:
-        ``lax.switch`` inside the loop would have little to save, and every program would hold every tree.
+        It takes a small part of a round (scripts/results/bench_decode_cpu_smollm2.json), once in eight at most: a
+        switch inside the loop would save little, and every program would hold every tree.
         """
         draft = state.draft if new.drafts else None
         if draft is not None and new.num_path != old.num_path:
@@ -232,10 +232,9 @@ class Decoder:
 
     def _fresh_draft(self, state: DecodeState, program: Program) -> DraftState:
         """Of a head that has seen nothing: no pending position, an empty cache."""
-        head, B, P = self.head_config, len(state.finish_B), program.num_path
-        num_pages = state.page_table_BM.size  # what creates is kept, and would keep the state
-        if head is None:
+        if (head := self.head_config) is None:
             raise ValueError("this decoder has no draft head to switch to")
+        B, P, num_pages = len(state.finish_B), program.num_path, state.page_table_BM.size  # not the state: it is kept
 
         def create(length_B: jax.Array) -> DraftState:
             return DraftState(
