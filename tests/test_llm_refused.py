@@ -36,6 +36,15 @@ def test_full_device_memory_is_one_sentence(reciter, monkeypatch):
     said = "memory is full (Out of memory allocating 8 bytes.); lower max_batch_size or max_model_len"
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
+    def too_large(*args, **kwargs):  # a kernel, for which no smaller batch helps
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 9, available 8"
+        )
+
+    monkeypatch.setattr(reciter._decoder, "start", too_large)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory"):
+        reciter.generate([5], **QUIET)
+
 
 @pytest.mark.parametrize(
     ("prompts", "message"),

@@ -29,13 +29,15 @@ def test_answers_to_prompts(llm, tmp_path):
         tmp_path / "prompts.jsonl",
         {"messages": [system, first, old, second, old]},
         {"question_id": 1, "category": "math", "turns": ["three"]},
+        {"question_id": 2, "turns": ["three"], "system": "Be brief."},
     )
     manifest = run(llm, tmp_path / "out", prompts=prompts, temperatures=(0.0,))
-    assert manifest["documents"] == 2  # all there are
-    talk, question = lines_of(tmp_path / "out")
+    assert manifest["documents"] == 3  # all there are
+    talk, question, told = lines_of(tmp_path / "out")
     said = {"role": "assistant", "content": TEXT}
     assert talk["messages"] == [system, first, said, second, said]
     assert question["messages"] == [{"role": "user", "content": "three"}, said]
+    assert told["messages"] == [system, {"role": "user", "content": "three"}, said]
 
     tokenizer = llm.tokenizer
 
