@@ -69,8 +69,8 @@ def compile_step(recipe: Recipe, target: LlamaConfig) -> dict[str, Any]:
 def main() -> int:
     try:
         recipe = load_recipe(args.recipe)
-        if recipe.run.rows % args.devices:
-            raise ValueError(f"run.rows ({recipe.run.rows}) must be a multiple of --devices ({args.devices})")
+        if args.devices < 1 or recipe.run.rows % args.devices:
+            raise ValueError(f"run.rows ({recipe.run.rows}) must be a multiple of --devices, got {args.devices}")
         target = find_config(args.shape or recipe.target)
         if not isinstance(target, LlamaConfig):
             raise ValueError(f"{args.shape or recipe.target} is a head; name the target that it drafts for")

@@ -153,9 +153,9 @@ def main() -> int:
         first, *more = args.temperature
         if len(more) > 1 or (more and (first != 0 or more[0] == 0)):
             raise ValueError(f"--temperature takes one number, or 0 and another, got {args.temperature}")
-        for name, least in (("nodes", 2), ("depths", 1), ("batch", 1), ("ranks", 1)):
+        for name, least in (("nodes", 2), ("depths", 1), ("batch", 1), ("ranks", 1), ("data_parallel_size", 1)):
             if np.min(getattr(args, name)) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
         if uneven := [batch for batch in args.batch if batch % args.data_parallel_size]:
             raise ValueError(f"--batch {uneven[0]} does not split over {args.data_parallel_size} groups of devices")
         check_outputs(args.out, None)
