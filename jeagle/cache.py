@@ -1,4 +1,4 @@
-"""The paged key/value cache, and ``commit``, its only writer.
+"""The paged key/value cache, and ``commit``, its only writer: ``insert`` moves what was committed elsewhere.
 
 One pair of arrays per layer, ``[K, num_pages, page_size, H]``: per-layer arrays are what XLA updates in place (a
 stacked array would be copied), kv heads lead so that a mesh can split them and a kernel reads one head's page
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from jeagle.config import BlockConfig
 from jeagle.fp8 import FP8, quantize
-from jeagle.sharding import rows_first, split
+from jeagle.sharding import across, rows_first, split
 
-__all__ = ["KVCache", "LayerPages", "NewKV", "Prefix", "Scales", "after", "commit"]
+__all__ = ["KVCache", "LayerPages", "NewKV", "Prefix", "Scales", "after", "commit", "insert"]
 
 NewKV = tuple[jax.Array, jax.Array]  # one layer's (k_BTKH, v_BTKH) of T new positions
 Scales = tuple[jax.Array, jax.Array]  # one layer's, of keys and of values: float32 [K, num_pages, page_size]
@@ -66,10 +66,11 @@ class KVCache:
         scales = None if self.scales is None else self.scales[index]
         return LayerPages(self.keys[index], self.values[index], scales, self.kv_axis)
 
-    def axes(self) -> KVCache:
-        """The logical axes of every array, in the cache's own structure."""
-        pages = (self.kv_axis, "pages", None, None)
-        return jax.tree.map(lambda x: pages[: x.ndim], self)
+    def axes(self, pages: str | None = "pages") -> KVCache:
+        """The logical axes of every array, in the cache's own structure. pages: None for pages that every device has
+        whose heads they are of."""
+        axes = (self.kv_axis, pages, None, None)
+        return jax.tree.map(lambda x: axes[: x.ndim], self)
 
 
 @jax.tree_util.register_dataclass
@@ -164,3 +165,31 @@ def _commit(
             for (k_scales, v_scales), (_, k), (_, v) in zip(cache.scales, of_keys, of_values, strict=True)
         ],
     )
+
+
+def insert(cache: KVCache, rows: KVCache, place_R: jax.Array, *, num_rows: int) -> KVCache:
+    """Whole rows of another cache, in place of this one's.
+
+    Args:
+      cache: of B = ``num_rows`` rows of M pages, those of each in order, as ``Decoder.empty_caches`` lays them.
+      rows: R rows of m <= M pages, likewise; on every device that has the heads.
+      place_R: int32, which of ``cache``'s rows each becomes; where there is no such row it falls.
+
+    Example: B = 4 rows of M = 8 pages, R = 2 of m = 3, places [3, 4] -> pages 24, 25, 26 receive row 0.
+    """
+    M, R, of_rows = cache.keys[0].shape[1] // num_rows, len(place_R), across("rows")
+
+    def of_shard(cache: KVCache, rows: KVCache, place_R: jax.Array) -> KVCache:
+        B = cache.keys[0].shape[1] // M
+        own_R = place_R - of_rows.index() * B
+        own_R = jnp.where((own_R >= 0) & (own_R < B), own_R, B)  # negative ones would count from the end
+
+        def write(pages: jax.Array, new: jax.Array) -> jax.Array:
+            K, *rest = pages.shape[0], *pages.shape[2:]
+            new = new.reshape(K, R, -1, *rest)
+            of_rows = pages.reshape(K, B, M, *rest).at[:, own_R, : new.shape[2]].set(new, mode="drop")
+            return of_rows.reshape(pages.shape)
+
+        return jax.tree.map(write, cache, rows)
+
+    return split(of_shard, (cache.axes(), rows.axes(pages=None), (None,)), cache.axes())(cache, rows, place_R)

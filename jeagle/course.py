@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from jeagle.costs import Setting
 from jeagle.decode import DecodeState, Program
 from jeagle.decoder import Batch, Decoder
+from jeagle.disaggregated import Prefill
 from jeagle.dispatch import PROBE_ROUNDS, Dispatcher
 from jeagle.requests import Bucket
 from jeagle.sharding import fetch
@@ -53,10 +55,22 @@ class Course:
     Args:
       program: with the plan to use throughout, or, with a dispatcher, any.
       dispatcher: None keeps to the program's plan.
+      workers: fill in prompts, see ``disaggregated.py``; without any the decoder does.
     """
 
-    def __init__(self, decoder: Decoder, program: Program, bucket: Bucket, dispatcher: Dispatcher | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        program: Program,
+        bucket: Bucket,
+        dispatcher: Dispatcher | None = None,
+        workers: Sequence[Decoder] = (),
+    ):
         self.bucket = bucket
+        self._shapes = dict(chunk=bucket.chunk, rows=bucket.rows)
+        self._ahead: Prefill | None = None
+        if workers:
+            self._ahead = Prefill(decoder, workers, program, capacity=bucket.capacity, **self._shapes)
         self._decoder, self._program, self._dispatcher = decoder, program, dispatcher
         self._capacities = [bucket.capacity]
         if decoder.grows:
@@ -101,6 +115,11 @@ class Course:
         """The acceptance that drafts were forced to, see ``verify.force``."""
         return self._program.profile
 
+    def expect(self, prompts: Iterable[np.ndarray]) -> None:
+        """Who will be seated next, in order: workers begin with them."""
+        if self._ahead is not None:
+            self._ahead.expect(prompts)
+
     def seat(self, batch: Batch, places: np.ndarray, *, queued: bool = False) -> DecodeState:
         """Prefill the rows of ``batch`` that have ``places`` (int [n], ascending): all that are to be served, or after
         the first time such as take the places of finished ones. What is counted by row begins anew for them.
@@ -110,15 +129,15 @@ class Course:
         queued: whether more wait for places.
         """
         self._queued = queued
-        shapes = dict(chunk=self.bucket.chunk, rows=self.bucket.rows)
+        fill = None if self._ahead is None else self._ahead.fill
         self._longest = max(self._longest, *batch.num_prompt_B)
         if self._state is None:
             self._choose()
-            self._state = self._decoder.start(batch, self._program, capacity=self._roomy(), **shapes)
+            self._state = self._decoder.start(batch, self._program, capacity=self._roomy(), fill=fill, **self._shapes)
             return self._state
         self._refilled = True
         self._grow()
-        self._state = self._decoder.refill(self._state, self._program, batch, places, **shapes)
+        self._state = self._decoder.refill(self._state, self._program, batch, places, fill=fill, **self._shapes)
         for counts in (*self.rounds_by_tree.values(), self.acceptance_BP, self.looked_BP, *(self._counted or ())):
             counts[places] = 0
         return self._state

@@ -1,17 +1,13 @@
 """The compiled programs of a target and its head, by bucket: prefill and the decode loop.
 
-Two programs, not one: a donated buffer that is updated and read in the same program may be copied. Executables are made
-ahead of time and kept by shape, so that every long compilation is seen, counted and timed.
+Two programs, not one: a donated buffer that is updated and read in the same program may be copied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,15 +23,14 @@ from jeagle.decode import FINISH_REASONS, DecodeState, Logprobs, Program, grown,
 from jeagle.draft import DraftState, settle
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
-from jeagle.prefill import Caches, prefill_chunk
+from jeagle.prefill import Caches, inserted, prefill_chunk
+from jeagle.programs import CompiledProgram, Programs
 from jeagle.sampling import RowSampling
-from jeagle.sharding import Layout
+from jeagle.sharding import Axes, Layout
 
-__all__ = ["Batch", "CompiledProgram", "Decoder", "check_pair", "precision_of", "state_axes"]
+__all__ = ["Batch", "Decoder", "Fill", "check_pair", "precision_of", "state_axes"]
 
-# Kept on a CPU, the last used ones: each of SmolLM2's holds 80 MB and maps 300 pieces of memory, a process on Linux may
-# have 65,530, and XLA crashes where it gets none. One that comes back is read from the cache of compiled programs.
-MOST_PROGRAMS = 48
+Fill = Callable[[Caches, Sequence[np.ndarray], np.ndarray], Caches]  # prompts, by place, into caches, at places
 
 
 @dataclass(frozen=True)
@@ -52,19 +47,6 @@ class Batch:
         """int32: tokens of each prompt; 1 in rows of padding."""
         padding = len(self.max_tokens_B) - len(self.prompts)
         return np.array([len(p) for p in self.prompts] + [1] * padding, np.int32)
-
-
-@dataclass(frozen=True)
-class CompiledProgram:
-    """One bucket: what it was compiled for and what that cost."""
-
-    name: str  # "prefill", "decode" or "settle"
-    batch: int  # rows
-    capacity: int  # cache positions per row
-    positions: int  # chunk length, nodes of the tree, or P of what is settled
-    program: Program | None  # None for the others, which depend on none of it
-    seconds: float
-    executable: jax.stages.Compiled = dataclasses.field(repr=False)
 
 
 class Decoder:
@@ -101,43 +83,59 @@ class Decoder:
         self._prefill = jit(on_modules(prefill_chunk), static_argnames=("attention",))
         self.jitted_launch = jit(on_modules(launch), static_argnames=("program",))
         self._settle = jit(on_modules(_settled), static_argnames=("attention",))
+        self._insert = jit(on_modules(inserted))
         self._fit = jax.jit(on_modules(_fitted), static_argnames=("num_path",))
         self._replace = jit(on_modules(_replaced))
         self._grow = jax.jit(grown, static_argnames=("more_pages",))
-        self._compiled: dict[tuple, CompiledProgram] = {}
+        self._compiled = Programs(self.params, page_size)
         self._creators: dict[tuple, Callable] = {}
-        self._used: dict[tuple, int] = {}  # when, on this clock
-        self._clock = itertools.count()
-        self._lock = threading.Lock()
 
     @property
     def programs(self) -> list[CompiledProgram]:
-        """Every bucket compiled so far, in order; on a CPU the MOST_PROGRAMS that were used last."""
-        return list(self._compiled.values())
+        """Every bucket compiled so far, in order; on a CPU the last used ones, see ``Programs``."""
+        return self._compiled.listed
 
     def start(
-        self, batch: Batch, program: Program, *, capacity: int, chunk: int, rows: int | None = None
+        self,
+        batch: Batch,
+        program: Program,
+        *,
+        capacity: int,
+        chunk: int,
+        rows: int | None = None,
+        fill: Fill | None = None,
     ) -> DecodeState:
         """Prefill a batch into fresh caches of ``capacity`` positions per row, in chunks of ``chunk``.
 
-        ``rows`` at a time run side by side, as far as the longest of them; None is all. Returns the state before the
-        first round.
+        ``rows`` at a time run side by side, as far as the longest of them; None is all. fill: does that elsewhere (see
+        ``disaggregated.py``), None does it here. Returns the state before the first round.
         """
         B = len(batch.max_tokens_B)
-        caches = self._filled(self.empty_caches(B, program, capacity), batch, program, np.arange(B), chunk, rows or B)
+        fill = fill or partial(self.fill, attention=program.attention, chunk=chunk, rows=rows or B)
+        caches = fill(self.empty_caches(B, program, capacity), batch.prompts, np.arange(B))
         return self.first_state(caches, batch, program, capacity)
 
     def refill(
-        self, state: DecodeState, program: Program, batch: Batch, places: np.ndarray, *, chunk: int, rows: int
+        self,
+        state: DecodeState,
+        program: Program,
+        batch: Batch,
+        places: np.ndarray,
+        *,
+        chunk: int,
+        rows: int,
+        fill: Fill | None = None,
     ) -> DecodeState:
-        """The rows of ``batch`` that have ``places`` (int [n], ascending), prefilled, in place of ``state``'s; all
-        others go on. ``program``, and the shapes of ``batch``, are those that ``state`` has been running under."""
+        """The rows of ``batch`` that have ``places`` (int [n], ascending), prefilled as by ``start``, in place of
+        ``state``'s; all others go on. ``program``, and the shapes of ``batch``, are those that ``state`` has been
+        running under."""
         B, draft, head = len(state.finish_B), state.draft, self.head_config
         feature_BX = None
         if draft is not None and head is not None:
             feature_BX = self._created(("feature", B), partial(jnp.zeros, (B, head.feature_width), self.dtype))
         caches = Caches(state.cache, None if draft is None else draft.cache, feature_BX, state.page_table_BM)
-        caches = self._filled(caches, batch, program, places, chunk, rows)
+        fill = fill or partial(self.fill, attention=program.attention, chunk=chunk, rows=rows)
+        caches = fill(caches, batch.prompts, places)
         new = self.first_state(caches, batch, program, state.text_BS.shape[1] - 1)
         fresh_B = np.zeros(B, bool)
         fresh_B[places] = True
@@ -205,7 +203,9 @@ class Decoder:
         draft = state.draft if new.drafts else None
         if draft is not None and new.num_path != old.num_path:
             if new.num_path < old.num_path:
-                settled = self._program("settle", self._settle, (state,), attention=new.attention)
+                settled = self._compiled(
+                    "settle", self._settle, (state,), positions=old.num_path, attention=new.attention
+                )
                 state = settled(self.params, state)
                 draft = state.draft
                 assert draft is not None
@@ -281,22 +281,29 @@ class Decoder:
             self._creators[what] = jax.jit(create, out_shardings=shardings)
         return self._creators.get(what, create)(*args)
 
-    def _filled(
-        self, caches: Caches, batch: Batch, program: Program, places: np.ndarray, chunk: int, rows: int
+    def fill(
+        self,
+        caches: Caches,
+        prompts: Sequence[np.ndarray],
+        places: np.ndarray,
+        *,
+        attention: str,
+        chunk: int,
+        rows: int,
     ) -> Caches:
-        """``caches`` with the prompts of ``places`` in them, ``rows`` at a time."""
-        prompt_B = batch.num_prompt_B
-        B = len(prompt_B)
+        """``caches`` with the prompts that have ``places`` in them, ``rows`` at a time. prompts: by place; where there
+        is none it is as if it had one token."""
+        B = len(caches.page_table_BM)
         if rows >= B:
             places = np.arange(B)  # as they lie, for rows may lie on several devices
         for first in range(0, len(places), rows):
             some = places[first : first + rows]
             row_R = np.pad(some, (0, min(rows, B) - len(some)), constant_values=B)  # there is no row B
-            prompts = [batch.prompts[i] if i < len(batch.prompts) else np.zeros(1, np.int32) for i in row_R]
-            length_R = np.array([len(p) for p in prompts], np.int32)
+            group = [prompts[i] if i < len(prompts) else np.zeros(1, np.int32) for i in row_R]
+            length_R = np.array([len(p) for p in group], np.int32)
             num_chunks = -(-(int(length_R.max()) - 1) // chunk)
             token_RT = np.zeros((len(row_R), num_chunks * chunk + 1), np.int32)
-            for row, prompt in zip(token_RT, prompts):
+            for row, prompt in zip(token_RT, group):
                 row[: len(prompt)] = prompt
             for offset in range(0, num_chunks * chunk, chunk):
                 args = (
@@ -306,39 +313,29 @@ class Decoder:
                     self.put(np.int32(offset)),
                     self.put(length_R),
                 )
-                compiled = self._program("prefill", self._prefill, args, attention=program.attention)
+                compiled = self._compiled("prefill", self._prefill, args, positions=chunk, attention=attention)
                 caches = compiled(self.params, *args)
         return caches
+
+    def insert(self, caches: Caches, rows: Caches, place_R: np.ndarray) -> Caches:
+        """``caches`` with ``rows`` (see ``receive``) in the places [R] that they are given; those of no place fall."""
+        args = caches, rows, self._everywhere(place_R.astype(np.int32), (None,))
+        positions = rows.page_table_BM.shape[1] * self.page_size
+        return self._compiled("insert", self._insert, args, positions=positions)(self.params, *args)
+
+    def receive(self, rows: Caches) -> Caches:
+        """Filled caches of a few rows, from other devices: on all of these, heads split as they are in caches."""
+        return jax.tree.map(self._everywhere, rows, rows.whole_axes())
+
+    def _everywhere(self, value: np.ndarray | jax.Array, axes: Axes) -> jax.Array:
+        return jnp.asarray(value) if self.layout is None else jax.device_put(value, self.layout.sharding(axes))
 
     def launch(self, state: DecodeState, program: Program, most_rounds: int, least_running: int = 1) -> DecodeState:
         """Up to ``most_rounds`` rounds on the device, as long as ``least_running`` rows have not finished; returns at
         once, the state is a promise."""
         args = (state, self.put(np.int32(most_rounds)), self.put(np.int32(least_running)))
-        return self._program("decode", self.jitted_launch, args, program=program)(self.params, *args)
-
-    def _program(self, name: str, jitted, args: tuple, **static) -> jax.stages.Compiled:
-        """The executable of this bucket. Compiling ahead of time, once per key, is what makes buckets countable."""
-        leaves, structure = jax.tree.flatten(args)
-        key = (name, *static.values(), structure, tuple(x.shape for x in leaves))
-        with self._lock:  # two threads that meet in a new bucket wait for one compilation
-            if key not in self._compiled:
-                began = time.perf_counter()
-                executable = jitted.lower(self.params, *args, **static).compile()
-                jitted.clear_cache()  # else JAX keeps it for good, dropped here or not
-                (batch, num_pages), program = args[0].page_table_BM.shape, static.get("program")
-                if name == "prefill":
-                    positions = args[1].shape[1] - 1
-                else:
-                    positions = args[0].acceptance_BP.shape[1] if program is None else program.plan.num_nodes
-                seconds = time.perf_counter() - began
-                self._compiled[key] = CompiledProgram(
-                    name, batch, num_pages * self.page_size, positions, program, seconds, executable
-                )
-            self._used[key] = next(self._clock)
-            if jax.default_backend() == "cpu" and len(self._compiled) > MOST_PROGRAMS:
-                oldest = min(self._used, key=self._used.__getitem__)
-                del self._compiled[oldest], self._used[oldest]
-            return self._compiled[key].executable
+        compiled = self._compiled("decode", self.jitted_launch, args, positions=program.plan.num_nodes, program=program)
+        return compiled(self.params, *args)
 
 
 def precision_of(dtype: jnp.dtype, platform: str | None = None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jax
 
 from jeagle.devices import MEMORY_SHARE
 
-__all__ = ["described", "has_avx512", "like_here", "processor", "take_memory"]
+__all__ = ["described", "has_avx512", "keep_compiled_programs", "like_here", "processor", "take_memory"]
 
 
 @cache
@@ -60,3 +61,13 @@ def take_memory() -> None:
         jax.devices()
     finally:
         del os.environ[names[0]]
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Let a second process start fast. A cache directory the user has set stays, and so does their least time."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        # What another process is just writing may be read by half: it is compiled instead.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+        if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

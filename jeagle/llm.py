@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -23,22 +22,23 @@ from jeagle import attention as attention_registry
 from jeagle.checkpoint import DTYPES, load_head, load_llama
 from jeagle.course import Course, Look
 from jeagle.decode import Program
-from jeagle.decoder import CompiledProgram, Decoder
+from jeagle.decoder import Decoder
 from jeagle.dispatch import Dispatch, Dispatcher
 from jeagle.distributed import explained
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
-from jeagle.host import like_here, take_memory
+from jeagle.host import keep_compiled_programs, like_here, take_memory
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
 from jeagle.outputs import RequestOutput
-from jeagle.placement import place
+from jeagle.placement import copied, place
+from jeagle.programs import CompiledProgram
 from jeagle.requests import FULL_FORWARD, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, queues, wanted
 from jeagle.results import request_output
 from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.serving import Finished, emitted, serve
-from jeagle.sharding import Layout, Rules, fetch, make_mesh
+from jeagle.sharding import Layout, Rules, fetch, make_mesh, worker_meshes
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree
 from jeagle.tree_table import Plans, TreeTable
@@ -73,6 +73,8 @@ class LLM:
       kv_cache_dtype: "auto" (the model's) or "fp8" (float8_e4m3fn with a scale per position and kv head; also called
         "fp8_e4m3"), for the target's cache and the head's.
       tensor_parallel_size: devices that share every layer. data_parallel_size: groups of them that share the rows.
+      prefill_workers: further groups of tensor_parallel_size devices, with weights of their own, that fill prompts into
+        caches while the others decode (``jeagle/disaggregated.py``).
       draft_sharding: "tensor" splits the head as it does the target, "replicated" gives it to every device whole.
       expert_sharding: of Llama 4's routed experts, "mlp" splits each, "experts" deals whole ones out.
       attention: implementation, see ``jeagle.attention``. sampler: likewise, see ``jeagle.sampling.choose``.
@@ -99,6 +101,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
+        prefill_workers: int = 0,
         draft_sharding: str = "tensor",
         expert_sharding: str = "mlp",
         attention: str = "auto",
@@ -113,10 +116,12 @@ class LLM:
             page_size=page_size,
             tensor_parallel_size=tensor_parallel_size,
             data_parallel_size=data_parallel_size,
+            prefill_workers=prefill_workers,
             **({} if max_model_len is None else {"max_model_len": max_model_len}),
         ).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            least = 0 if name == "prefill_workers" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if dtype not in ("auto", *DTYPES):  # asked before anything is converted
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
         if kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -127,14 +132,15 @@ class LLM:
             raise ValueError("sampler 'pallas' reads whole vocabularies; with tensor_parallel_size > 1 use 'xla'")
         rules = Rules.choose(draft=draft_sharding, experts=expert_sharding)
         devices = data_parallel_size, tensor_parallel_size
-        layout = None if devices == (1, 1) else Layout(make_mesh(*devices), rules)
+        layout = None if devices == (1, 1) and not prefill_workers else Layout(make_mesh(*devices), rules)
+        workers = [] if layout is None else [Layout(m, rules) for m in worker_meshes(layout.mesh, prefill_workers)]
         cache = cache_directory(cache_dir)
         if isinstance(tree, str) and tree == "dispatch":
             tree = Dispatch()
         dispatch = tree if isinstance(tree, Dispatch) else None
         auto = isinstance(tree, str) and tree == "auto"
         plan = parse_tree(_auto_tree() if isinstance(tree, Dispatch) or auto else tree)
-        _keep_compiled_programs(cache / "xla")
+        keep_compiled_programs(cache / "xla")
 
         self._checkpoint: Path | None = None
         head_directory: Path | None = None
@@ -184,8 +190,12 @@ class LLM:
         self._chunks = [size for size in chunk_sizes(prefill_chunk) if _fits(target, size)]
         self._attention, self._sampler = attention, sampler
         self.synthetic_acceptance = None if synthetic_acceptance is None else check_profile(synthetic_acceptance)
-        cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
-        self._decoder = Decoder(target, head, page_size=page_size, kv_cache_dtype=cache_dtype, layout=layout)
+        caches = dict(page_size=page_size, kv_cache_dtype=KV_CACHE_DTYPES[kv_cache_dtype])
+        self._decoder = Decoder(target, head, **caches, layout=layout)
+        self._workers = [
+            Decoder(copied(target, there), None if head is None else copied(head, there), **caches, layout=there)
+            for there in workers
+        ]
         self.dtype = self._decoder.dtype
         self._tokenizer: Any = None
 
@@ -233,7 +243,7 @@ class LLM:
     @property
     def compiled_programs(self) -> list[CompiledProgram]:
         """Every compiled bucket so far, with its shapes and the seconds it took."""
-        return self._decoder.programs
+        return [program for decoder in (self._decoder, *self._workers) for program in decoder.programs]
 
     def generate(
         self,
@@ -346,14 +356,15 @@ class LLM:
         decoder = self._decoder
         full = FULL_FORWARD.get(jax.default_backend(), FULL_FORWARD["gpu"])
         sizes = dict(page_size=decoder.page_size, limit=self.max_model_len, full=full, shards=decoder.row_shards)
-        shapes = bucket(rows, self._max_batch_size, chunks=self._chunks, **sizes)
+        prefill_shards = 1 if self._workers else decoder.row_shards
+        shapes = bucket(rows, self._max_batch_size, chunks=self._chunks, prefill_shards=prefill_shards, **sizes)
         filters, num_logprobs = wanted(rows)
         plan = self.plan_for(shapes.batch, sampled=filters.sample) if speculative else OFF
         dispatcher = self.dispatcher if speculative else None
         may_draft = any(p.levels for p in ((plan,) if dispatcher is None else dispatcher.plans))
         profile = self.synthetic_acceptance if may_draft else None
         program = Program(plan, filters, num_logprobs, self._attention, self._sampler, profile)
-        return Course(decoder, program, shapes, dispatcher)
+        return Course(decoder, program, shapes, dispatcher, self._workers)
 
     def _serve(self, queue: list[Row], speculative: bool, bar: tqdm) -> Iterator[Finished]:
         """Generate for rows that take turns in one batch."""
@@ -388,13 +399,3 @@ def _fits(target: Llama, chunk: int) -> bool:
 def _auto_tree() -> str:
     """Of a head that brings no trees of its own."""
     return "chain-1+lookup" if jax.default_backend() == "cpu" else "chain-3+lookup"
-
-
-def _keep_compiled_programs(directory: Path) -> None:
-    """Let a second process start fast. A cache directory the user has set stays, and so does their least time."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        # What another process is just writing may be read by half: it is compiled instead.
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

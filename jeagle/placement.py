@@ -34,6 +34,7 @@ __all__ = [
     "Part",
     "Placement",
     "axes_of",
+    "copied",
     "dotted",
     "filled",
     "place",
@@ -172,6 +173,15 @@ def place(module: Any, layout: Layout) -> Any:
             placement.shape, placement.sharding, partial(_cut, np.asarray(weights[path].get_value()), placement)
         )
     return filled(abstract, arrays)
+
+
+def copied(module: Any, layout: Layout) -> Any:
+    """A module laid out on one mesh, on another with as many devices along ``tensor``: from device to device."""
+    abstract = nnx.eval_shape(lambda: type(module)(module.config, dtype=dtype_of(module), rngs=nnx.Rngs(0)))
+    weights = variables(module)
+    return filled(
+        abstract, {path: jax.device_put(w.get_value(), layout.sharding(axes_of(w))) for path, w in weights.items()}
+    )
 
 
 def _cut(value: np.ndarray, placement: Placement, index: Slices | None) -> np.ndarray:

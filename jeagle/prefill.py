@@ -7,15 +7,16 @@ of the same program as every other, and a prompt of one token needs no prefill.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jeagle.cache import KVCache, Prefix, after, commit
+from jeagle.cache import KVCache, Prefix, after, commit, insert
 from jeagle.eagle import EagleHead
 from jeagle.llama import Llama
 
-__all__ = ["Caches", "prefill_chunk"]
+__all__ = ["Caches", "first_pages", "inserted", "prefill_chunk"]
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +28,12 @@ class Caches:
     head: KVCache | None  # None for plain decoding
     feature_BX: jax.Array | None  # the target's feature of the last committed position
     page_table_BM: jax.Array
+
+    def whole_axes(self) -> Caches:
+        """The logical axes of a few rows that are not split, heads alone."""
+        head = None if self.head is None else self.head.axes(pages=None)
+        feature = None if self.feature_BX is None else (None, None)
+        return Caches(self.target.axes(pages=None), head, feature, (None, None))  # type: ignore[arg-type]
 
 
 def prefill_chunk(
@@ -86,3 +93,30 @@ def prefill_chunk(
             feature_BX = jnp.where(here_B[:, None], last_BX, feature_BX)
     cache = commit(caches.target, after(forward.new_kv, forward.hidden_BTD), prefix, jnp.clip(wanted_B - offset, 0, T))
     return Caches(cache, head_cache, feature_BX, caches.page_table_BM)
+
+
+@partial(jax.jit, static_argnames=("num_pages",))
+def first_pages(caches: Caches, *, num_pages: int) -> Caches:
+    """Of every row the first ``num_pages``: a copy."""
+    R, M = caches.page_table_BM.shape
+
+    def cut(pages: jax.Array) -> jax.Array:
+        K, *rest = pages.shape[0], *pages.shape[2:]
+        return pages.reshape(K, R, M, *rest)[:, :, :num_pages].reshape(K, R * num_pages, *rest)
+
+    head = jax.tree.map(cut, caches.head)
+    return Caches(jax.tree.map(cut, caches.target), head, caches.feature_BX, caches.page_table_BM[:, :num_pages])
+
+
+def inserted(target: Llama, head: EagleHead | None, caches: Caches, rows: Caches, place_R: jax.Array) -> Caches:
+    """``caches``, of B rows, with R ``rows`` that other devices have filled in the places that they are given; those
+    without one fall. See ``cache.insert``."""
+    B = len(caches.page_table_BM)
+    here_BR = jnp.arange(B)[:, None] == place_R
+    head_cache, feature_BX = caches.head, caches.feature_BX
+    if head_cache is not None and rows.head is not None and feature_BX is not None and rows.feature_BX is not None:
+        head_cache = insert(head_cache, rows.head, place_R, num_rows=B)
+        # Gathered, not scattered: every device has all that is new, and its own rows of what was.
+        new_BX = jnp.take(rows.feature_BX, jnp.argmax(here_BR, axis=1), axis=0)
+        feature_BX = jnp.where(jnp.any(here_BR, axis=1)[:, None], new_BX, feature_BX)
+    return Caches(insert(caches.target, rows.target, place_R, num_rows=B), head_cache, feature_BX, caches.page_table_BM)

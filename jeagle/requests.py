@@ -120,26 +120,34 @@ def chunk_sizes(longest: int) -> list[int]:
 
 
 def bucket(
-    rows: Sequence[Row], most: int, *, page_size: int, chunks: list[int], limit: int, full: int, shards: int = 1
+    rows: Sequence[Row],
+    most: int,
+    *,
+    page_size: int,
+    chunks: list[int],
+    limit: int,
+    full: int,
+    shards: int = 1,
+    prefill_shards: int = 1,
 ) -> Bucket:
     """What serves ``rows``, at most ``most`` of them side by side: a power of two, times ``shards``, and few
     capacities, which stop at the model's limit, rounded up to whole pages.
 
     Rows go through their prompts in groups, each as far as its longest and in whole chunks, so that ``rows`` of like
     length pad little. A group is as large as makes reading the weights (``full`` positions' worth of time) a quarter of
-    the arithmetic, and of the chunks the one is taken that ends soonest. With several ``shards`` all rows are one
-    group, as each has its own.
+    the arithmetic, and of the chunks the one is taken that ends soonest. Where prefill runs over several shards all
+    rows are one group, as each has its own.
     """
     capacity = -(-min(max(map(_capacity, rows)), max(limit, 1)) // page_size) * page_size
     batch = shards * _power_of_two(-(-min(len(rows), most) // shards))
 
     def group(chunk: int) -> int:
-        return batch if shards > 1 else min(batch, _power_of_two(-(-4 * full // chunk)))
+        return batch if prefill_shards > 1 else min(batch, _power_of_two(-(-4 * full // chunk)))
 
     def cost(chunk: int) -> int:
         size = group(chunk)
         longest = [max(len(row.prompt) for row in rows[i : i + size]) - 1 for i in range(0, len(rows), size)]
-        return sum(-(-n // chunk) for n in longest) * (size // shards * chunk + full)
+        return sum(-(-n // chunk) for n in longest) * (size // prefill_shards * chunk + full)
 
     chunk = min(chunks, key=lambda c: (cost(c), c))
     return Bucket(batch, capacity, chunk, group(chunk), _power_of_two(max(4, *(len(row.stop_ids) for row in rows))))

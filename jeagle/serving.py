@@ -103,9 +103,11 @@ def serve(
 def _seated(course: Course, waiting: deque[Row], free: list[int], detokenizer) -> dict[int, Seat]:
     """The next rows in the free places, prefilled."""
     began = time.perf_counter()
+    course.expect(row.prompt for row in waiting)
     rows = {place: waiting.popleft() for place in free[: len(waiting)]}
     batch = make_batch(rows, course.bucket)
     jax.block_until_ready(course.seat(batch, np.array(list(rows)), queued=bool(waiting)))
+    course.expect(row.prompt for row in waiting)
     now = time.perf_counter()
     return {place: Seat(row, detokenizer(row), now - began, now) for place, row in rows.items()}
 

@@ -42,6 +42,7 @@ __all__ = [
     "split_axis",
     "split_rows",
     "use",
+    "worker_meshes",
 ]
 
 Axes = tuple[str | None, ...]  # one logical name, or None, per axis of an array
@@ -137,6 +138,23 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: list[jax.Device] | None =
             f"{data} (data) x {tensor} (tensor) parallel leaves processes without a device: use all {len(devices)}"
         )
     return jax.make_mesh((data, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=used)
+
+
+def worker_meshes(decoding: Mesh, count: int) -> list[Mesh]:
+    """``count`` meshes of devices that ``decoding`` leaves, each [1, tensor] with as many along ``tensor`` as it has.
+
+    Raises MeshError when there are too few, or several processes: arrays go from mesh to mesh within one.
+    """
+    if jax.process_count() > 1:
+        raise MeshError("prefill workers serve one process; leave prefill_workers at 0 where several run")
+    size, devices = decoding.shape["tensor"], jax.devices()
+    left = devices[decoding.size :]
+    if count * size > len(left):
+        raise MeshError(
+            f"{count} prefill workers of {size} devices beside the {decoding.size} that decode need "
+            f"{decoding.size + count * size} devices, and JAX sees {len(devices)} ({devices[0].platform})"
+        )
+    return [make_mesh(1, size, left[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:

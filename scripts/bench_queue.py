@@ -64,7 +64,8 @@ def serve(llm: LLM, way: str, places: int, prompts: list, params: Sequence[Sampl
 
 
 def compare(args: argparse.Namespace, places: int) -> dict[str, Any]:
-    llm = LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, max_batch_size=places)
+    sizes = dict(max_batch_size=places, prefill_workers=args.prefill_workers)
+    llm = LLM(args.model, args.draft, tree=args.tree, dtype=args.dtype, **sizes)
     prompts, params = read_prompts(llm, args)
     rounds = Rounds(llm)
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -107,6 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     here = environment()
     about = dict(model=args.model, draft=args.draft, tree=args.tree if args.draft else None, dtype=args.dtype)
     about |= dict(prompts=list(map(str, args.prompts)), lengths=args.lengths, temperature=args.temperature)
+    about |= dict(prefill_workers=args.prefill_workers)
     if args.dtype == "auto":
         about["dtype"] = jnp.dtype(LLM(args.model).dtype).name
     return dict(script="bench_queue", **here, **about, runs=[compare(args, places) for places in args.places])
@@ -148,6 +150,7 @@ def main() -> int:
     parser.add_argument("--tree", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--places", type=int, nargs="+", default=[8], help="rows side by side")
+    parser.add_argument("--prefill-workers", type=int, default=0, metavar="N", help="further devices, for prompts")
     parser.add_argument("--lengths", type=int, nargs=2, default=[16, 256], help="of the answers, in tokens")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=1)

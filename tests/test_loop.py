@@ -15,10 +15,11 @@ from helpers import no_compilation
 from jeagle import LLM, SamplingParams
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.decode import Program
-from jeagle.decoder import Batch, CompiledProgram, Decoder, precision_of
+from jeagle.decoder import Batch, Decoder, precision_of
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
 from jeagle.llama import Llama
+from jeagle.programs import CompiledProgram
 from jeagle.sampling import Filters, RowSampling, seed_keys
 from jeagle.tree import OFF, StaticTree, with_lookup
 
@@ -98,7 +99,7 @@ def test_fp8_caches_and_their_scales_are_updated_in_place() -> None:
 
 def test_a_process_holds_so_many_programs(monkeypatch) -> None:
     """The last used; what comes back is compiled again, and says the same."""
-    monkeypatch.setattr("jeagle.decoder.MOST_PROGRAMS", 3)
+    monkeypatch.setattr("jeagle.programs.MOST_PROGRAMS", 3)
     llm, before = make_llm(tree="chain-2"), alive()  # held here, so that none of them goes meanwhile
     params = SamplingParams(max_tokens=8, ignore_eos=True)
 
