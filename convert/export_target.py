@@ -27,11 +27,10 @@ from convert.__main__ import run
 from convert.export import llama_config, new_directory
 from convert.gguf_file import BLOCK_NAMES, NAMES
 from convert.llama import describe
+from convert.source import CARRIED_FILES
 from convert.table import unfill
 from jeagle.checkpoint import load_config, load_llama
 from jeagle.config import LlamaConfig
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
 def hf_form(config: LlamaConfig) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def write_directory(checkpoint: Path, destination: Path) -> tuple[LlamaConfig, d
     with new_directory(destination) as directory:
         (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
-        for name in TOKENIZER_FILES:
+        for name in CARRIED_FILES:
             if (checkpoint / name).exists():
                 shutil.copyfile(checkpoint / name, directory / name)
     return target.config, tensors

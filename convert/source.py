@@ -19,7 +19,7 @@ from convert.fp8 import FP8, Dequantized
 from convert.table import ConversionError, TypedSource
 from convert.tensors import SafetensorsSource, TorchSource
 
-__all__ = ["OpenSource", "open_config", "open_source"]
+__all__ = ["CARRIED_FILES", "OpenSource", "open_config", "open_source"]
 
 # Carried over as they are.
 CARRIED_FILES = (

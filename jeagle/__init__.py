@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jeagle.config import EagleConfig, LlamaConfig
     from jeagle.dispatch import Dispatch
     from jeagle.llm import LLM
-    from jeagle.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from jeagle.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from jeagle.sampling import SamplingParams
 
 _HOME = {
@@ -25,6 +25,7 @@ _HOME = {
     "LlamaConfig": "jeagle.config",
     "LLM": "jeagle.llm",
     "CompletionOutput": "jeagle.outputs",
+    "Logprob": "jeagle.outputs",
     "RequestMetrics": "jeagle.outputs",
     "RequestOutput": "jeagle.outputs",
     "SamplingParams": "jeagle.sampling",

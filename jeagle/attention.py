@@ -55,7 +55,7 @@ def resolve(name: str, platform: str | None = None, pages: jax.Array | jax.Shape
             return "xla"
         kernel = import_module("pallas_kernels.tree_attention_pallas")
         return "xla" if pages is not None and kernel.refusal(pages) else "pallas"
-    if name not in IMPLEMENTATIONS:
+    if name not in tuple(IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
     return name
 

@@ -97,8 +97,7 @@ def after(new_kv: list[NewKV], last_read: jax.Array) -> list[NewKV]:
     """``new_kv``, but not before ``last_read`` is computed.
 
     A layer's new keys do not depend on reading its cache. Unless something orders the write after the read, XLA may
-    keep
-    both versions alive: a copy of the whole cache. Needed wherever what is committed was not chosen from logits.
+    keep both versions alive: a copy of the whole cache. Needed wherever what is committed was not chosen from logits.
     """
     return jax.lax.optimization_barrier((new_kv, last_read))[0]
 

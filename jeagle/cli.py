@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--data-parallel-size", type=int, default=1, help="groups of them that share the rows")
     shared.add_argument("--max-model-len", type=int, help="most positions of prompt and output together")
     shared.add_argument("--max-tokens", type=int, default=256)
-    shared.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    shared.add_argument("--temperature", type=float, help="0, unless given, is greedy")
     shared.add_argument("--top-k", type=int, default=0)
     shared.add_argument("--top-p", type=float, default=1.0)
     shared.add_argument("--min-p", type=float, default=0.0)
@@ -117,7 +117,7 @@ def _params(args: argparse.Namespace) -> SamplingParams:
 
     return SamplingParams(
         max_tokens=args.max_tokens,
-        temperature=args.temperature,
+        **({} if args.temperature is None else {"temperature": args.temperature}),
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,

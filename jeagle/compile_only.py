@@ -116,7 +116,7 @@ def compile_loop(
     layout = Layout(mesh, rules)
     model = _shapes(target, dtype, layout)
     modules = model, None if head is None else _shapes(head, model.compute_dtype, layout)
-    decoder = Decoder(*modules, kv_cache_dtype=kv_cache_dtype, layout=layout)
+    decoder = Decoder(*modules, kv_cache_dtype=kv_cache_dtype, layout=layout, platform="gpu")
     # The state is shaped as on one device, and then laid out: nothing can be put on devices that are not there.
     alone = Decoder(*modules, kv_cache_dtype=kv_cache_dtype)
     zeros = np.zeros(batch, np.int32)
@@ -186,6 +186,8 @@ def _loop_body(text: str) -> str:
         for line in seen[name].splitlines():
             if " fusion(" not in line:
                 waiting += re.findall(r"(?:to_apply|body|condition|calls)=%?([\w.\-]+)", line)
+                for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                    waiting += re.findall(r"[\w.\-]+", branches)
     return "\n".join(seen.values())
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import jeagle
 from jeagle.decode import Program
 from jeagle.decoder import Batch, Decoder
+from jeagle.distributed import of_first_process
 from jeagle.host import described
 from jeagle.sampling import RowSampling, SamplingParams, seed_keys
 from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
@@ -238,8 +239,4 @@ def _seconds(row: dict[str, float]) -> dict[StaticTree, float]:
 
 def agreed(values: Sequence[float]) -> list[float]:
     """Process 0's numbers on every process: all must decide alike."""
-    if jax.process_count() == 1:
-        return list(values)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.array(values, np.float32))).tolist()
+    return of_first_process(np.array(values, np.float32)).tolist()

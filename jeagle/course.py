@@ -105,10 +105,7 @@ class Course:
         if self._dispatcher is not None:
             return "dispatch"
         plan = self._program.plan
-        if plan == OFF:
-            return "off"
-        looked = ", lookup" if self._program.looks_up else ""
-        return f"{plan.num_nodes} nodes, depth {plan.max_depth}{looked}"
+        return tree_name(plan if self._program.looks_up else dataclasses.replace(plan, lookup=0))
 
     @property
     def profile(self) -> tuple[float, ...] | None:

@@ -21,14 +21,14 @@ from jeagle.cache import KVCache
 from jeagle.config import BlockConfig
 from jeagle.decode import FINISH_REASONS, DecodeState, Logprobs, Program, grown, launch
 from jeagle.draft import DraftState, settle
-from jeagle.eagle import EagleHead
+from jeagle.eagle import EagleHead, check_pair
 from jeagle.llama import Llama
 from jeagle.prefill import Caches, inserted, prefill_chunk
 from jeagle.programs import CompiledProgram, Programs
 from jeagle.sampling import RowSampling
 from jeagle.sharding import Axes, Layout
 
-__all__ = ["Batch", "Decoder", "Fill", "check_pair", "precision_of", "state_axes"]
+__all__ = ["Batch", "Decoder", "Fill", "precision_of", "state_axes"]
 
 Fill = Callable[[Caches, Sequence[np.ndarray], np.ndarray], Caches]  # prompts, by place, into caches, at places
 
@@ -64,6 +64,7 @@ class Decoder:
         page_size: int = 64,
         kv_cache_dtype: jnp.dtype | None = None,  # of both caches; None is the target's
         layout: Layout | None = None,
+        platform: str | None = None,  # to compile for; None is where this runs
     ):
         if head is not None:
             check_pair(target, head)
@@ -79,13 +80,16 @@ class Decoder:
         # place; graph definitions are closed over, as hashing them on every call costs milliseconds.
         self.params = tuple(p for _, p in split)
         jit = partial(jax.jit, donate_argnums=(1,))
-        on_modules = partial(_on_modules, definitions=definitions, layout=layout, precision=precision_of(self.dtype))
+        laid_out = partial(_laid_out, layout=layout)
+        on_modules = partial(
+            _on_modules, definitions=definitions, layout=layout, precision=precision_of(self.dtype, platform)
+        )
         self._prefill = jit(on_modules(prefill_chunk), static_argnames=("attention",))
         self.jitted_launch = jit(on_modules(launch), static_argnames=("program",))
         self._settle = jit(on_modules(_settled), static_argnames=("attention",))
         self._insert = jit(on_modules(inserted))
-        self._fit = jax.jit(on_modules(_fitted), static_argnames=("num_path",))
-        self._replace = jit(on_modules(_replaced))
+        self._fit = jax.jit(laid_out(_fitted), static_argnames=("num_path",))
+        self._replace = jax.jit(laid_out(_replaced), donate_argnums=(0,))
         self._grow = jax.jit(grown, static_argnames=("more_pages",))
         self._compiled = Programs(self.params, page_size)
         self._creators: dict[tuple, Callable] = {}
@@ -140,7 +144,7 @@ class Decoder:
         fresh_B = np.zeros(B, bool)
         fresh_B[places] = True
         both = state.without_caches(), new.without_caches()
-        return self._replace(self.params, *both, self.put(fresh_B)).with_caches_of(new)
+        return self._replace(*both, self.put(fresh_B)).with_caches_of(new)
 
     def first_state(self, caches: Caches, batch: Batch, program: Program, capacity: int) -> DecodeState:
         """The state before the first round, of caches that hold the prompts but for their last tokens."""
@@ -209,7 +213,7 @@ class Decoder:
                 state = settled(self.params, state)
                 draft = state.draft
                 assert draft is not None
-            pending = self._fit(self.params, draft.feature_BPX, draft.token_BP, num_path=new.num_path)
+            pending = self._fit(draft.feature_BPX, draft.token_BP, num_path=new.num_path)
             draft = dataclasses.replace(draft, feature_BPX=pending[0], token_BP=pending[1])
         elif new.drafts and draft is None:
             draft = self._fresh_draft(state, new)
@@ -355,8 +359,18 @@ def _on_modules(function, *, definitions, layout: Layout | None, precision: str 
     def run(params, *args, **static):
         modules = (None if d is None else nnx.merge(d, p) for d, p in zip(definitions, params))
         exactly = contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
-        with sharding.use(layout), exactly:
-            result = function(*modules, *args, **static)
+        with exactly:
+            return _laid_out(function, layout=layout)(*modules, *args, **static)
+
+    return run
+
+
+def _laid_out(function, *, layout: Layout | None):
+    """``function``, of arrays that are laid out, as one whose results are; traced for ``layout``."""
+
+    def run(*args, **static):
+        with sharding.use(layout):
+            result = function(*args, **static)
             return sharding.constrain(result, state_axes(result))  # as it came in: it is donated, and comes in again
 
     return run
@@ -367,15 +381,13 @@ def _settled(target: Llama, head: EagleHead, state: DecodeState, *, attention: s
     return dataclasses.replace(state, draft=settle(head, target, state.draft, state.prefix, attention=attention))
 
 
-def _fitted(
-    target: Llama, head: EagleHead, feature_BPX: jax.Array, token_BP: jax.Array, *, num_path: int
-) -> tuple[jax.Array, jax.Array]:
+def _fitted(feature_BPX: jax.Array, token_BP: jax.Array, *, num_path: int) -> tuple[jax.Array, jax.Array]:
     """Pending rows padded with zeros or cut to P = ``num_path``."""
     more = (0, num_path - (kept := min(num_path, token_BP.shape[1])))
     return jnp.pad(feature_BPX[:, :kept], ((0, 0), more, (0, 0))), jnp.pad(token_BP[:, :kept], ((0, 0), more))
 
 
-def _replaced(target: Llama, head: EagleHead | None, old, new, fresh_B: jax.Array):
+def _replaced(old, new, fresh_B: jax.Array):
     """``old``'s arrays [B, ...], where ``fresh_B`` those of ``new``."""
     return jax.tree.map(lambda a, b: jnp.where(fresh_B.reshape(-1, *[1] * (a.ndim - 1)), b, a), old, new)
 
@@ -384,14 +396,3 @@ def state_axes(state):
     """The logical axes of every array in caches or states: a cache knows its own, all else has rows first."""
     is_cache = lambda x: isinstance(x, KVCache)  # noqa: E731
     return jax.tree.map(lambda x: x.axes() if is_cache(x) else sharding.rows_first(x), state, is_leaf=is_cache)
-
-
-def check_pair(target: Llama, head: EagleHead) -> None:
-    """Raises ValueError when the head was not made for this target."""
-    t, h = target.config, head.config
-    if h.target_width != t.width:
-        raise ValueError(f"the draft head was made for a target of width {h.target_width}; this one has {t.width}")
-    if h.vocab_size != t.vocab_size:
-        raise ValueError(f"the draft head's vocabulary is {h.vocab_size}; the target's is {t.vocab_size}")
-    if any(tap > t.num_layers for tap in h.taps) or h.target_layers not in (None, t.num_layers):
-        raise ValueError(f"the draft head taps blocks {h.taps} of {h.target_layers}; the target has {t.num_layers}")

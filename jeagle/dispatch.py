@@ -15,6 +15,7 @@ decision is the same on every process, so all decide alike.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -38,10 +39,20 @@ from jeagle.costs import (
 )
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
-from jeagle.tree import OFF, StaticTree, parse_tree, tree_name
-from jeagle.tree_table import TreeTable
+from jeagle.host import like_here
+from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree, tree_name
+from jeagle.tree_table import Plans, TreeTable
 
-__all__ = ["CANDIDATES", "Choice", "Dispatch", "Dispatcher", "seconds_with_lookups"]
+__all__ = [
+    "CANDIDATES",
+    "PROBE_ROUNDS",
+    "Choice",
+    "Dispatch",
+    "Dispatcher",
+    "asked_tree",
+    "plans_of",
+    "seconds_with_lookups",
+]
 
 log = logging.getLogger("jeagle")
 
@@ -66,7 +77,7 @@ class Dispatch:
       probe_share: of the time, to look at trees that are not in use.
       half_life: see ``Acceptance``.
 
-    Raises ValueError for trees that cannot be told apart by their nodes, and for numbers out of range.
+    Raises ValueError for dynamic trees, whose nodes are not the same in every round, and for numbers out of range.
     """
 
     candidates: Sequence[str | StaticTree | Sequence[Sequence[int]]] | None = None
@@ -77,14 +88,17 @@ class Dispatch:
     half_life: float = 400.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.candidates, str):
+        if self.candidates is not None and not isinstance(self.candidates, (list, tuple)):
             raise ValueError(f"candidates must be a list of trees, got {self.candidates!r}")
         for plan in map(parse_tree, self.candidates or ()):
             if not isinstance(plan, StaticTree):
                 raise ValueError(
                     f"candidate {tree_name(plan)} is a dynamic tree; only static ones can be chosen between"
                 )
-        if self.gain < 0 or not 0 <= self.probe_share < 1 or self.half_life <= 0:
+        numbers = self.gain, self.probe_share, self.half_life
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError(f"gain, probe_share and half_life must be numbers, got {numbers}")
+        if not self.gain >= 0 or not 0 <= self.probe_share < 1 or not self.half_life > 0:
             raise ValueError(
                 f"gain must be 0 or more, probe_share in 0..1 and half_life above 0, got {self.gain}, "
                 f"{self.probe_share} and {self.half_life}"
@@ -282,6 +296,35 @@ class Dispatcher:
         self._credit -= price
         self._turn += 1
         return plan
+
+
+def asked_tree(tree: str | TreePlan | Sequence[Sequence[int]] | Dispatch) -> TreePlan | Dispatch | None:
+    """What ``LLM(tree=...)`` means; None for "auto". Raises ValueError for what is no tree."""
+    if isinstance(tree, Dispatch) or (isinstance(tree, str) and tree == "auto"):
+        return tree if isinstance(tree, Dispatch) else None
+    return Dispatch() if isinstance(tree, str) and tree == "dispatch" else parse_tree(tree)
+
+
+def plans_of(
+    asked: TreePlan | Dispatch | None, head: Path | None, devices: tuple[int, int], costs: Path
+) -> tuple[Plans, Dispatcher | None]:
+    """What to draft with a head, and who chooses between trees, if anyone.
+
+    asked: by ``asked_tree``. head: its directory, where ``trees.json`` may lie; None for a module. devices: how many
+    share the rows and a layer. costs: where a dispatcher keeps what it has measured.
+    """
+    if isinstance(asked, TreePlan):
+        return Plans.always(asked), None
+    searched = None if head is None else TreeTable.of_head(head)
+    if isinstance(asked, Dispatch):
+        if asked.trees is None:
+            asked = dataclasses.replace(asked, trees=searched)
+        dispatcher = Dispatcher(asked, directory=costs)
+        return Plans.always(max(dispatcher.plans, key=lambda plan: plan.num_nodes)), dispatcher
+    if searched is not None and like_here(searched.device) and searched.devices == devices:
+        return Plans(searched.greedy.best, searched.sampled.best), None
+    # Of a head that brings no trees of its own, or of other devices.
+    return Plans.always(parse_tree("chain-1+lookup" if jax.default_backend() == "cpu" else "chain-3+lookup")), None
 
 
 def _read(path: Path | None) -> CostTable:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-__all__ = ["HEARTBEAT_SECONDS", "DeviceMemoryError", "PeerError", "connect", "explained"]
+__all__ = ["HEARTBEAT_SECONDS", "DeviceMemoryError", "PeerError", "connect", "explained", "of_first_process"]
 
 # A process that says nothing for so long is taken for dead, and the others are ended: JAX's default of 100 s would
 # leave a service that many hang for minutes.
@@ -49,6 +52,8 @@ def connect(
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise ValueError(f"{', '.join(given)} belong together: give {' and '.join(missing)} too, or none of them")
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"num_processes must be at least 1, got {num_processes}")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id must lie in 0..{num_processes - 1}, got {process_id}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
@@ -73,6 +78,13 @@ def connect(
             raise ValueError("connect() was called before in this process; call it once") from error
         reason = str(error).splitlines()[0]
         raise PeerError(f"the other processes did not join within {patience_seconds} s ({reason})") from error
+
+
+def of_first_process(numbers: Any) -> np.ndarray:
+    """Process 0's numbers on every process: what a clock, a measurement or chance says, all must take alike."""
+    if jax.process_count() == 1:
+        return np.asarray(numbers)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(numbers)))
 
 
 FEWER_ROWS = (

@@ -22,7 +22,7 @@ from jeagle.llama import FullRope, Llama, View
 from jeagle.sharding import constrain
 from jeagle.weights import Matrix, make_matrix
 
-__all__ = ["EagleHead", "HeadForward", "TokenMap"]
+__all__ = ["EagleHead", "HeadForward", "TokenMap", "check_pair"]
 
 
 class TokenMap(nnx.Variable):
@@ -183,3 +183,14 @@ class EagleHead(FullRope, nnx.Module):
     def vocab_axis(self) -> str:
         """The logical axis of ``logits``' last axis."""
         return "vocab" if self.lm_head is None else "draft_vocab"
+
+
+def check_pair(target: Llama, head: EagleHead) -> None:
+    """Raises ValueError when the head was not made for this target."""
+    t, h = target.config, head.config
+    if h.target_width != t.width:
+        raise ValueError(f"the draft head was made for a target of width {h.target_width}; this one has {t.width}")
+    if h.vocab_size != t.vocab_size:
+        raise ValueError(f"the draft head's vocabulary is {h.vocab_size}; the target's is {t.vocab_size}")
+    if any(tap > t.num_layers for tap in h.taps) or h.target_layers not in (None, t.num_layers):
+        raise ValueError(f"the draft head taps blocks {h.taps} of {h.target_layers}; the target has {t.num_layers}")

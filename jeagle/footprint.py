@@ -305,7 +305,8 @@ def temp_bytes(config: LlamaConfig, tensor: int, format: Format, positions: int)
 
     XLA keeps every layer's projections apart (a command buffer lets nothing share memory that might run at once), and
     the float32 logits: within 6% of what two Llama 3.1 8B loops compiled for an H100 took
-    (scripts/results/compile_h100_32_layers.json). Experts are taken to be as wide as the shared one and
+    (scripts/results/compile_h100_32_layers.json). Of a whole vocabulary, sampled rows take twice the logits' bytes more
+    (the kernel's lists; compiled for an H100, not counted here). Experts are taken to be as wide as the shared one and
     experts_per_token more. Sharded over eight, one row takes more than that in plain decoding, as XLA lays attention's
     weights out anew before the loop: Llama 3.3 70B 6.8 MB against 2.0 here, Maverick in FP8 221 MB against 0.8
     (scripts/results/compile_mesh_*.json): a hundredth of all weights at most.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,16 +12,22 @@ from jeagle.sampling import SamplingParams
 
 __all__ = ["Message", "Prompt", "as_list", "is_conversation", "one_each", "plain_ids"]
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]  # a mapping holds one of the others: vLLM's TextPrompt, TokensPrompt
 Message = Mapping[str, str]
+FIELDS = ("prompt_token_ids", "prompt")
 
 
 def plain_ids(prompt):
-    """Arrays of token ids as lists."""
+    """A prompt as a string or a list: what a mapping holds of it, arrays of token ids as lists."""
+    if isinstance(prompt, Mapping):
+        found = [prompt[name] for name in FIELDS if prompt.get(name) is not None]
+        if not found:
+            raise ValueError(f"a prompt given as a mapping must have {' or '.join(FIELDS)}, got {sorted(prompt)}")
+        prompt = found[0]
     return prompt.tolist() if isinstance(prompt, (np.ndarray, jax.Array)) else prompt
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     prompts = plain_ids(prompts)
     if isinstance(prompts, str):
         return [prompts]

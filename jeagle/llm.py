@@ -7,7 +7,6 @@ for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -19,15 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from jeagle import attention as attention_registry
-from jeagle.checkpoint import DTYPES, load_head, load_llama
+from jeagle.checkpoint import DTYPES, load_config, load_head, load_llama
 from jeagle.course import Course, Look
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
-from jeagle.dispatch import Dispatch, Dispatcher
-from jeagle.distributed import explained
+from jeagle.dispatch import Dispatch, asked_tree, plans_of
+from jeagle.distributed import explained, of_first_process
 from jeagle.eagle import EagleHead
 from jeagle.fp8 import FP8
-from jeagle.host import keep_compiled_programs, like_here, take_memory
+from jeagle.host import keep_compiled_programs, take_memory
 from jeagle.inputs import Message, Prompt, as_list, is_conversation, one_each, plain_ids
 from jeagle.llama import Llama
 from jeagle.locate import cache_directory, check_vocabulary, locate
@@ -37,11 +36,11 @@ from jeagle.programs import CompiledProgram
 from jeagle.requests import FULL_FORWARD, Row, bucket, check_prompt, chunk_sizes, make_batch, make_rows, queues, wanted
 from jeagle.results import request_output
 from jeagle.sampling import SamplingParams, resolve_sampler
-from jeagle.serving import Finished, emitted, serve
+from jeagle.serving import Finished, emitted, serve, spoken
 from jeagle.sharding import Layout, Rules, fetch, make_mesh, worker_meshes
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
 from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree
-from jeagle.tree_table import Plans, TreeTable
+from jeagle.tree_table import Plans
 from jeagle.verify import check_profile
 
 __all__ = ["LLM"]
@@ -109,6 +108,10 @@ class LLM:
         synthetic_acceptance: Sequence[float] | None = None,
         cache_dir: str | Path | None = None,
     ):
+        for name, given, module in (("model", model, Llama), ("draft", draft, EagleHead)):
+            if not isinstance(given, (str, Path, module)) and not (name == "draft" and given is None):
+                kinds = f"a path, a hub name or of type {module.__name__}"
+                raise ValueError(f"{name} must be {kinds}, got {type(given).__name__}")
         for name, value in dict(
             max_batch_size=max_batch_size,
             rounds_per_launch=rounds_per_launch,
@@ -124,8 +127,9 @@ class LLM:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if dtype not in ("auto", *DTYPES):  # asked before anything is converted
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-        if kv_cache_dtype not in KV_CACHE_DTYPES:
+        if kv_cache_dtype not in tuple(KV_CACHE_DTYPES):
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}")
+        profile = None if synthetic_acceptance is None else check_profile(synthetic_acceptance)
         take_memory()
         attention_registry.resolve(attention)
         if resolve_sampler(sampler, whole=tensor_parallel_size == 1) == "pallas" and tensor_parallel_size > 1:
@@ -135,33 +139,30 @@ class LLM:
         layout = None if devices == (1, 1) and not prefill_workers else Layout(make_mesh(*devices), rules)
         workers = [] if layout is None else [Layout(m, rules) for m in worker_meshes(layout.mesh, prefill_workers)]
         cache = cache_directory(cache_dir)
-        if isinstance(tree, str) and tree == "dispatch":
-            tree = Dispatch()
-        dispatch = tree if isinstance(tree, Dispatch) else None
-        auto = isinstance(tree, str) and tree == "auto"
-        plan = parse_tree(_auto_tree() if isinstance(tree, Dispatch) or auto else tree)
+        asked = asked_tree(tree)
         keep_compiled_programs(cache / "xla")
 
         self._checkpoint: Path | None = None
         head_directory: Path | None = None
-        if not isinstance(model, Llama):
+        if isinstance(model, Llama):
+            limit = model.config.max_position
+        else:
             # FP8 is made when a model is converted, all else when it is loaded.
             self._checkpoint = locate(model, cache, kind="llama", dtype="fp8" if dtype == "fp8" else "auto")
+            limit = load_config(self._checkpoint).max_position
         if draft is not None and not isinstance(draft, EagleHead):
             head_directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(head_directory, self._checkpoint)
-        searched: TreeTable | None = None
-        if head_directory is not None and (auto or dispatch is not None):
-            searched = TreeTable.of_head(head_directory)
-        plans = Plans.always(plan)
-        if auto and searched is not None and like_here(searched.device) and searched.devices == devices:
-            plans = Plans(searched.greedy.best, searched.sampled.best)
-        dispatcher: Dispatcher | None = None
-        if dispatch is not None:
-            if dispatch.trees is None:
-                dispatch = dataclasses.replace(dispatch, trees=searched)
-            dispatcher = Dispatcher(dispatch, directory=cache / "costs")
-            plans = Plans.always(max(dispatcher.plans, key=lambda plan: plan.num_nodes))
+        if draft is None:  # what needs none of a tree that was asked for
+            self._plans, self.dispatcher = Plans.always(StaticTree((), getattr(asked, "lookup", 0))), None
+        else:
+            self._plans, self.dispatcher = plans_of(asked, head_directory, devices, cache / "costs")
+        if profile is not None and not (self._plans.largest.levels or self.dispatcher):
+            raise ValueError("synthetic_acceptance forces what a head drafts: give a draft, and a tree that drafts")
+        self.synthetic_acceptance = profile
+        if max_model_len is not None and max_model_len > limit:
+            raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
+        self.max_model_len = max_model_len or limit
 
         if isinstance(model, Llama):
             target = model if layout is None else place(model, layout)
@@ -175,21 +176,10 @@ class LLM:
         elif head is not None and layout is not None:
             head = place(head, layout)
         self.config = target.config
-        limit = self.config.max_position
-        if max_model_len is not None:
-            if max_model_len > limit:
-                raise ValueError(f"max_model_len must lie in 1..{limit}, the model's positions, got {max_model_len}")
-            limit = max_model_len
-        self.max_model_len = limit
-        if head is None:  # what needs none of a tree that was asked for
-            plans = Plans.always(OFF if auto or dispatch is not None else StaticTree((), plan.lookup))
-        self._plans = plans
-        self.dispatcher = dispatcher if head is not None else None
         self._max_batch_size = max_batch_size
         self._rounds_per_launch = rounds_per_launch
         self._chunks = [size for size in chunk_sizes(prefill_chunk) if _fits(target, size)]
         self._attention, self._sampler = attention, sampler
-        self.synthetic_acceptance = None if synthetic_acceptance is None else check_profile(synthetic_acceptance)
         caches = dict(page_size=page_size, kv_cache_dtype=KV_CACHE_DTYPES[kv_cache_dtype])
         self._decoder = Decoder(target, head, **caches, layout=layout)
         self._workers = [
@@ -207,7 +197,7 @@ class LLM:
 
     @plan.setter
     def plan(self, plan: TreePlan) -> None:
-        self._plans, self.dispatcher = Plans.always(plan), None
+        self._plans, self.dispatcher = Plans.always(parse_tree(plan)), None
 
     def plan_for(self, batch: int, *, sampled: bool = False) -> TreePlan:
         """The tree for so many rows; sampled: whether any of them has a temperature."""
@@ -290,8 +280,8 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """``generate`` for one conversation or several, through the checkpoint's chat template."""
-        conversations = [messages] if is_conversation(messages) else messages
-        prompts = [self.apply_chat_template(m) for m in conversations]  # type: ignore[arg-type]
+        listed = [messages] if is_conversation(messages) or not isinstance(messages, (list, tuple)) else messages
+        prompts = [self.apply_chat_template(m) for m in listed]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, speculative=speculative, use_tqdm=use_tqdm)
 
     def stream(
@@ -326,7 +316,7 @@ class LLM:
                 # Read whole and cut here: slices of device arrays would be compiled, one program per length.
                 text_BS = fetch(course.state.text_BS)
             count, finished = int(look.num_output_B[0]), bool(look.finish_B[0])
-            piece = text.push(emitted(text_BS[0], row, count, sent))
+            piece = text.push(spoken(row, emitted(text_BS[0], row, count, sent), look.finish_B[0]))
             sent = count
             finished = finished or text.stop_reason is not None
             if finished:
@@ -339,17 +329,20 @@ class LLM:
 
     def apply_chat_template(self, messages: Sequence[Message], *, today: date | None = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant begins to speak. today: for templates that print the
-        date; None: this day's."""
+        date; None: this day's, process 0's where there are several."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self._checkpoint} has no chat template; use generate() with a formatted prompt")
         if not is_conversation(messages):
             raise ValueError(f'a conversation is a list of {{"role": ..., "content": ...}} messages, got {messages!r}')
+        if today is None and jax.process_count() > 1:  # clocks differ, and then so do prompts
+            today = date.fromordinal(int(of_first_process(np.int32(date.today().toordinal()))))
         return encode_chat(self.tokenizer, list(messages), today=today)
 
     def _encode(self, prompt: Prompt, params: SamplingParams, index: int) -> list[int]:
         """A prompt's ids, checked."""
         ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-        return check_prompt(ids, params, index=index, vocab_size=self.config.vocab_size, limit=self.max_model_len)
+        bounds = dict(vocab_size=self.config.vocab_size, positions=self.config.max_position)
+        return check_prompt(ids, params, index=index, limit=self.max_model_len, **bounds)
 
     def _course(self, rows: Sequence[Row], speculative: bool) -> Course:
         """What serves rows of one queue."""
@@ -358,7 +351,7 @@ class LLM:
         sizes = dict(page_size=decoder.page_size, limit=self.max_model_len, full=full, shards=decoder.row_shards)
         prefill_shards = 1 if self._workers else decoder.row_shards
         shapes = bucket(rows, self._max_batch_size, chunks=self._chunks, prefill_shards=prefill_shards, **sizes)
-        filters, num_logprobs = wanted(rows)
+        filters, num_logprobs = wanted(rows, self.config.vocab_size)
         plan = self.plan_for(shapes.batch, sampled=filters.sample) if speculative else OFF
         dispatcher = self.dispatcher if speculative else None
         may_draft = any(p.levels for p in ((plan,) if dispatcher is None else dispatcher.plans))
@@ -394,8 +387,3 @@ def _fits(target: Llama, chunk: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _auto_tree() -> str:
-    """Of a head that brings no trees of its own."""
-    return "chain-1+lookup" if jax.default_backend() == "cpu" else "chain-3+lookup"

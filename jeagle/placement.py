@@ -54,11 +54,20 @@ def repeat_kv_heads[Config: BlockConfig](config: Config, layout: Layout) -> Conf
     devices = layout.parts(config.kv_axis)
     copies = config.kv_copies(devices)
     if copies is None:
+        whose = "the draft head's " if config.axis_prefix else ""
         raise MeshError(
-            f"a tensor axis of {devices} devices does not divide {config.num_heads} query heads on "
+            f"a tensor axis of {devices} devices does not divide {whose}{config.num_heads} query heads on "
             f"{config.num_kv_heads} kv heads; choose a tensor_parallel_size that divides {config.num_heads}"
+            f"{_instead(config.kv_axis)}"
         )
     return dataclasses.replace(config, num_kv_heads=config.num_kv_heads * copies)
+
+
+def _instead(axis: str | None) -> str:
+    """What would leave such an axis whole."""
+    if axis is not None and axis.startswith("draft_"):
+        return ", or draft_sharding='replicated'"
+    return ", or expert_sharding='mlp'" if axis == "experts" else ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def placements(stored: nnx.Module, laid_out: nnx.Module, layout: Layout | None) 
             elif shape[i] % parts:
                 raise MeshError(
                     f"a tensor axis of {parts} devices does not divide the {shape[i]} of {axis!r} in {path}; choose a "
-                    "tensor_parallel_size that does"
+                    f"tensor_parallel_size that does{_instead(axis)}"
                 )
         sharding = alone if layout is None else layout.sharding(axes)
         dtype = np.dtype(stored_value.dtype)
@@ -172,16 +181,23 @@ def place(module: Any, layout: Layout) -> Any:
         arrays[path] = jax.make_array_from_callback(
             placement.shape, placement.sharding, partial(_cut, np.asarray(weights[path].get_value()), placement)
         )
-    return filled(abstract, arrays)
+    return _as_named(filled(abstract, arrays), module)
 
 
 def copied(module: Any, layout: Layout) -> Any:
     """A module laid out on one mesh, on another with as many devices along ``tensor``: from device to device."""
     abstract = nnx.eval_shape(lambda: type(module)(module.config, dtype=dtype_of(module), rngs=nnx.Rngs(0)))
     weights = variables(module)
-    return filled(
-        abstract, {path: jax.device_put(w.get_value(), layout.sharding(axes_of(w))) for path, w in weights.items()}
-    )
+    arrays = {path: jax.device_put(w.get_value(), layout.sharding(axes_of(w))) for path, w in weights.items()}
+    return _as_named(filled(abstract, arrays), module)
+
+
+def _as_named(new: Any, old: Any) -> Any:
+    """``new`` with the implementations that were named in ``old``, which no config knows."""
+    for of_new, of_old in zip(new.blocks, old.blocks, strict=True):
+        if (experts := getattr(of_old, "experts", None)) is not None:
+            of_new.experts.implementation = experts.implementation
+    return new
 
 
 def _cut(value: np.ndarray, placement: Placement, index: Slices | None) -> np.ndarray:

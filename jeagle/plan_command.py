@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +88,7 @@ def _compiled(job: Job) -> Loop:
     from jeagle.compile_only import CannotCompile, absent_mesh, compile_loop
     from jeagle.decode import Program
     from jeagle.fp8 import FP8
+    from jeagle.sampling import resolve_sampler
     from jeagle.sharding import Rules
     from jeagle.tree import OFF
 
@@ -99,11 +99,12 @@ def _compiled(job: Job) -> Loop:
             "--compile needs --dtype and --draft-dtype as models are loaded: both bfloat16, both float32, or fp8 and "
             f"bfloat16; got {job.format.name} and {job.draft_format.name}"
         )
+    sampler = resolve_sampler("auto", whole=split.tensor == 1, platform="gpu")
     try:
         return compile_loop(
             job.target,
             job.head,
-            Program(OFF if job.tree is None else job.tree, attention="pallas"),
+            Program(OFF if job.tree is None else job.tree, attention="pallas", sampler=sampler),
             absent_mesh(job.device.name.lower(), split.data, split.tensor),
             rules=Rules.choose(draft=split.draft, experts=split.experts),
             dtype=job.format.name,
@@ -159,9 +160,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, Sequence[str]]:
 def _tree(name: str) -> TreePlan:
     from jeagle.tree import parse_tree  # imports JAX, so only where a tree is wanted
 
-    if name == "auto":  # what ``LLM`` takes on a GPU
-        name = "chain-3"
-    return parse_tree(re.sub(r"^(chain|eagle|bush)(\d+)(?=$|\+)", r"\1-\2", name))
+    return parse_tree("chain-3" if name == "auto" else name)  # what ``LLM`` takes on a GPU, lookups apart
 
 
 def _tokens_per_call(given: float | None) -> float:

@@ -139,7 +139,9 @@ def _verdict(plans: Sequence[Plan]) -> list[str]:
             "take longer than an NVLink's, which are counted here"
         )
     if not plan.memory.measured:
-        lines.append("temporary memory is an estimate of the decode loop's; prefill's is left to the unused part")
+        lines.append(
+            "temporary memory is an estimate of greedy decoding's; prefill and sampling take of the unused part"
+        )
     return lines
 
 

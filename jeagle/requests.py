@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from jeagle.decoder import Batch
-from jeagle.sampling import Filters, RowSampling, SamplingParams, seed_keys
+from jeagle.sampling import Filters, RowSampling, SamplingParams, drawn_seed, seed_keys
 
 __all__ = [
     "FULL_FORWARD",
@@ -63,8 +63,11 @@ class Bucket:
     stop_ids: int = 4  # most ids that end a row
 
 
-def check_prompt(prompt: object, params: SamplingParams, *, index: int, vocab_size: int, limit: int) -> list[int]:
-    """The prompt's ids. Raises ValueError, naming the prompt, for anything that could not be generated from."""
+def check_prompt(
+    prompt: object, params: SamplingParams, *, index: int, vocab_size: int, limit: int, positions: int
+) -> list[int]:
+    """The prompt's ids. limit: of positions; positions: the model's. Raises ValueError, naming the prompt, for anything
+    that could not be generated from."""
     if not isinstance(prompt, (list, tuple)):
         raise ValueError(f"prompt {index} must be a string or a list of token ids, got {prompt!r}")
     if not prompt:
@@ -76,9 +79,10 @@ def check_prompt(prompt: object, params: SamplingParams, *, index: int, vocab_si
     if outside:
         raise ValueError(f"prompt {index} holds token id {outside[0]}, outside the vocabulary of {vocab_size}")
     if len(prompt) + params.max_tokens > limit:
+        more = ", or raise max_model_len" if limit < positions else ""
         raise ValueError(
             f"prompt {index} has {len(prompt)} tokens and max_tokens is {params.max_tokens}; together they exceed the "
-            f"limit of {limit} positions: shorten the prompt, lower max_tokens or raise max_model_len"
+            f"limit of {limit} positions: shorten the prompt or lower max_tokens{more}"
         )
     outside = [t for t in params.stop_token_ids if t >= vocab_size]
     if outside:
@@ -87,11 +91,13 @@ def check_prompt(prompt: object, params: SamplingParams, *, index: int, vocab_si
 
 
 def make_rows(prompts: list[list[int]], params: list[SamplingParams], eos_ids: tuple[int, ...]) -> list[Row]:
-    """A row per prompt and sample. Equal seeds give a request the same key in whatever company it comes."""
+    """A row per prompt and sample. Equal seeds give a request the same key in whatever company it comes; those without
+    one share what is drawn for the call, and differ by their place in it."""
     rows = []
+    drawn = drawn_seed() if any(p.seed is None for p in params) else []
     for request, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
         stop_ids = tuple(sorted({*(() if p.ignore_eos else eos_ids), *p.stop_token_ids}))
-        for sample, key in enumerate(seed_keys(p.seed, p.n)):
+        for sample, key in enumerate(seed_keys([*drawn, request] if p.seed is None else p.seed, p.n)):
             rows.append(Row(request, sample, np.asarray(prompt, np.int32), p, key, stop_ids))
     return rows
 
@@ -167,11 +173,11 @@ def make_batch(rows: Mapping[int, Row], bucket: Bucket) -> Batch:
     return Batch(prompts, RowSampling.stack(params, keys), stop_id_BI, max_tokens_B)
 
 
-def wanted(rows: Sequence[Row]) -> tuple[Filters, int | None]:
+def wanted(rows: Sequence[Row], vocab_size: int) -> tuple[Filters, int | None]:
     """The filters and the number of log-probabilities that a program must have to serve all of them."""
     asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
     # One compiled width for all top-n requests; 0 (the chosen token alone) is cheap enough to keep apart.
-    num_logprobs = None if not asked else (20 if max(asked) > 5 else 5 if max(asked) else 0)
+    num_logprobs = None if not asked else min(vocab_size, 20 if max(asked) > 5 else 5 if max(asked) else 0)
     return Filters.needed([row.params for row in rows]), num_logprobs
 
 

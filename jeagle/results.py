@@ -40,7 +40,8 @@ def request_output(
     for f in finished:
         text = f.text
         if text is None:
-            text = "" if tokenizer is None else decode_all(tokenizer, prompt_ids, f.token_ids)
+            spoken = f.token_ids[:-1] if isinstance(f.stop_reason, int) else f.token_ids  # not the stop id, as in vLLM
+            text = "" if tokenizer is None else decode_all(tokenizer, prompt_ids, spoken)
         completions.append(
             CompletionOutput(f.row.sample, text, f.token_ids, f.finish_reason, f.stop_reason, f.logprobs)
         )

@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jeagle import vocabulary
+from jeagle.distributed import of_first_process
 from jeagle.sharding import Across, across, rows_first, split
 from pallas_kernels.noise import gumbel_of_bits, threefry
 
@@ -29,25 +30,31 @@ __all__ = [
     "RowSampling",
     "SamplingParams",
     "choose",
+    "drawn_seed",
     "gumbel",
     "logprobs",
     "resolve_sampler",
+    "seed_keys",
     "warp",
 ]
 
 
+UNSAID = float("0")  # known by being this very object: nobody has said a temperature
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What to generate for one prompt. Names and meanings follow vLLM.
+    """What to generate for one prompt. Names and meanings follow vLLM, but for two defaults: 128 tokens (16 there), and
+    temperature 0 (1 there), so filters must come with a temperature.
 
     max_tokens: most tokens to emit. temperature: 0 is greedy. top_k: 0 or -1 is off. top_p: 1 is off. min_p: 0 is off.
     seed: None draws one. n: independent samples per prompt. stop: strings that end the text, not included in it.
-    stop_token_ids: ids that end it beside the model's EOS, included in token_ids. ignore_eos: go on after EOS.
-    logprobs: log-probabilities of the chosen and of this many best tokens, by the unwarped target.
+    stop_token_ids: ids that end it beside the model's EOS, in token_ids but not in the text. ignore_eos: go on after
+    EOS. logprobs: log-probabilities of the chosen and of this many best tokens, by the unwarped target.
     """
 
     max_tokens: int = 128
-    temperature: float = 0.0
+    temperature: float = UNSAID
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -93,12 +100,22 @@ class SamplingParams:
         check(all(whole(t, 0) for t in self.stop_token_ids), "stop_token_ids", "token ids, each 0 or more")
         check(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False")
         check(self.logprobs is None or whole(self.logprobs, 0, 20), "logprobs", "None or a whole number from 0 to 20")
+        for field in ("max_tokens", "top_k", "seed", "n", "logprobs"):  # of numpy's numbers, which overflow
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, int(getattr(self, field)))
+        asked = dict(top_k=self.top_k > 0, top_p=self.top_p < 1, min_p=self.min_p > 0)
+        if self.temperature is UNSAID and any(asked.values()):
+            field = next(field for field, given in asked.items() if given)
+            raise ValueError(
+                f"{field}={getattr(self, field)} needs a temperature, which is 0 (greedy) unless it is given: say "
+                "temperature=1.0, or temperature=0 to choose greedily all the same"
+            )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowSampling:
-    """Sampling parameters as arrays, one entry per row."""
+    """Sampling parameters as arrays, one entry per row; on the host until a state is made of them."""
 
     seed_B2: jax.Array  # uint32: the row's threefry key
     temperature_B: jax.Array  # float32, 0 greedy
@@ -108,20 +125,14 @@ class RowSampling:
 
     @classmethod
     def stack(cls, params: list[SamplingParams], seeds: np.ndarray) -> RowSampling:
-        """seeds: uint32 [B, 2]."""
-
-        def column(field: str, dtype: type) -> jax.Array:
-            return jnp.asarray(np.array([getattr(p, field) for p in params], dtype))
+        """On the host. seeds: uint32 [B, 2]."""
 
         # Colder than this, logits divided by it are infinite: as greedy as it means to be.
-        temperature_B = np.array([p.temperature if p.temperature > 1e-30 else 0 for p in params], np.float32)
-        return cls(
-            jnp.asarray(seeds),
-            jnp.asarray(temperature_B),
-            column("top_k", np.int32),
-            column("top_p", np.float32),
-            column("min_p", np.float32),
-        )
+        temperatures = [p.temperature if p.temperature > 1e-30 else 0 for p in params]
+        columns: list[Any] = [seeds, np.array(temperatures, np.float32)]
+        for field, dtype in (("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)):
+            columns.append(np.array([getattr(p, field) for p in params], dtype))
+        return cls(*columns)
 
 
 @dataclass(frozen=True)
@@ -149,13 +160,14 @@ class Filters:
         )
 
 
-def seed_keys(seed: int | None, n: int) -> np.ndarray:
-    """Threefry keys, uint32 [n, 2], of n samples of one prompt. None draws a seed from the operating system: that of
-    process 0, where there are several."""
-    keys = np.random.SeedSequence(seed).generate_state(2 * n, np.uint32).reshape(n, 2)
-    if seed is None and jax.process_count() > 1:
-        keys = np.asarray(multihost_utils.broadcast_one_to_all(keys))
-    return keys
+def seed_keys(seed: int | Sequence[int], n: int) -> np.ndarray:
+    """Threefry keys, uint32 [n, 2], of n samples of one prompt."""
+    return np.random.SeedSequence(seed).generate_state(2 * n, np.uint32).reshape(n, 2)
+
+
+def drawn_seed() -> list[int]:
+    """A seed by the operating system, as uint32 numbers: that of process 0, where there are several."""
+    return of_first_process(np.random.SeedSequence().generate_state(4, np.uint32)).tolist()
 
 
 def gumbel(seed_B2: jax.Array, position_BT: jax.Array, token: jax.Array) -> jax.Array:
@@ -286,7 +298,8 @@ def choose(
     """The target's token at each of ``position_BT`` (the positions being filled), int32 [B, T].
 
     sampler: "xla", "pallas" (one launch for everything; pallas_kernels/choose_pallas.py) or "auto". Both choose the
-    same token. Of a split vocabulary each device warps its own logits and makes their noise; the winners travel.
+    same token, but for near-ties on GPUs. Of a split vocabulary each device warps its own logits and makes their noise;
+    the winners travel.
     """
     vocab = across("vocab")
     chosen = partial(SAMPLERS[resolve_sampler(sampler, whole=vocab.whole)], filters=filters, vocab=vocab)

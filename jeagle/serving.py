@@ -22,7 +22,7 @@ from jeagle.requests import Row, make_batch
 from jeagle.sharding import fetch
 from jeagle.text import Detokenizer
 
-__all__ = ["Finished", "emitted", "serve"]
+__all__ = ["Finished", "emitted", "serve", "spoken"]
 
 # While stop strings are wanted the host looks this often; the rounds after a match are wasted.
 ROUNDS_BETWEEN_STOP_CHECKS = 8
@@ -158,6 +158,12 @@ def _finished(
     )
 
 
+def spoken(row: Row, token_ids: list[int], finish: int) -> list[int]:
+    """Of a row's newest tokens those that have a say in its text: the stop id that ended it has none, as in vLLM."""
+    ended = finish == FINISH_REASONS.index("stop") and token_ids and token_ids[-1] in row.params.stop_token_ids
+    return token_ids[:-1] if ended else token_ids
+
+
 def emitted(text_S: np.ndarray, row: Row, count: int, since: int = 0) -> list[int]:
     """Of ``count`` tokens that a row has emitted those from ``since`` on."""
     first = len(row.prompt)
@@ -171,7 +177,8 @@ def _stop_at_strings(text_BS: np.ndarray, seats: dict[int, Seat], look: Look) ->
         text = seat.text
         if text is None or text.stop_reason is not None:
             continue
-        text.push(emitted(text_BS[place], seat.row, look.num_output_B[place], len(text.token_ids)))
+        new = emitted(text_BS[place], seat.row, look.num_output_B[place], len(text.token_ids))
+        text.push(spoken(seat.row, new, look.finish_B[place]))
         if text.stop_reason is not None and look.finish_B[place] == 0:
             look.finish_B[place] = FINISH_REASONS.index("stop")
             ended = True

@@ -145,7 +145,7 @@ def worker_meshes(decoding: Mesh, count: int) -> list[Mesh]:
 
     Raises MeshError when there are too few, or several processes: arrays go from mesh to mesh within one.
     """
-    if jax.process_count() > 1:
+    if count and jax.process_count() > 1:
         raise MeshError("prefill workers serve one process; leave prefill_workers at 0 where several run")
     size, devices = decoding.shape["tensor"], jax.devices()
     left = devices[decoding.size :]

@@ -52,7 +52,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     pre-tokenizer, which loses every space where byte-level checkpoints say LlamaTokenizer (DeepSeek-R1-Distill-Llama).
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it misses PyTorch, aloud
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import; token-id users never need it
+    from transformers import (
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )  # seconds to import; who gives ids to a model without one never needs it
 
     tokenizer = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
     try:
@@ -118,11 +121,11 @@ def render_chat(
 
 
 class Detokenizer:
-    """Turns one row's ids into text, token by token.
+    """Turns one row's ids into text, as they come.
 
-    Text is released when it can no longer change: a token that ends inside a UTF-8 character waits for the rest, and an
-    ending that may be the start of a stop string waits until it is not. At one ``stop_reason`` becomes it,
-    and the text then ends exactly before it, and later ids are ignored.
+    Text is released when it can no longer change: ids that end inside a UTF-8 character wait for the rest, and an
+    ending that may be the start of a stop string waits until it is not. At one ``stop_reason`` becomes it, the text
+    then ends exactly before it, and later ids are ignored.
 
     prompt_ids: what the ids follow, of which a few are context: prompt and text joined are one text. Without them
     SentencePiece leaves out the first space.
@@ -135,9 +138,7 @@ class Detokenizer:
         self._released = 0
         # ids[begin:read] are decoded already; they stay as left context, as some tokenizers decode a token differently
         # at the start of a text.
-        self._ids = [int(i) for i in prompt_ids[-CONTEXT:]]
-        if tokenizer.decode(self._ids, skip_special_tokens=True).endswith("\ufffd"):
-            self._ids = []  # of a prompt that ends inside a character no text stays as it is
+        self._ids = _context(tokenizer, [int(i) for i in prompt_ids[-CONTEXT - 3 :]])
         self._begin, self._read = 0, len(self._ids)
         self._num_context = len(self._ids)
         self.stop_reason: str | None = None
@@ -155,10 +156,12 @@ class Detokenizer:
     def push(self, token_ids: list[int]) -> str:
         """Add ids; returns the newly released text."""
         before = self._released
-        for token in token_ids:
+        # Whatever may end at a stop string is read token by token, else all at once: each time costs two decodings.
+        steps = [[token] for token in token_ids] if self._stop else [token_ids] if token_ids else []
+        for step in steps:
             if self.stop_reason is not None:
                 break
-            self._ids.append(token)
+            self._ids += step
             self._decode(final=False)
         if self.stop_reason is None:
             self._released = max(before, len(self._text) - self._held())
@@ -206,3 +209,13 @@ class Detokenizer:
                     longest = size
                     break
         return longest
+
+
+def _context(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The last CONTEXT, or a few more where these begin inside a character of up to four bytes: one broken byte breaks
+    a whole run of them. None of a prompt that ends inside a character, as none of its text stays as it is."""
+    for size in range(min(CONTEXT, len(ids)), len(ids) + 1):
+        found = ids[len(ids) - size :]
+        if not tokenizer.decode(found, skip_special_tokens=True).endswith("\ufffd"):
+            return found
+    return []

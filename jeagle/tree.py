@@ -200,6 +200,7 @@ def with_lookup[P: StaticTree | DynamicTree](plan: P, length: int | None = None)
     return dataclasses.replace(plan, lookup=min(room, LONGEST) if length is None else length)
 
 
+MOST = 1024  # of what a tree's name counts: no verification pays for so many nodes
 LONGEST = 8  # each token more is a position more in every extend of a head, and few are kept beyond
 
 NAMED_TREES: dict[str, TreePlan] = {
@@ -228,6 +229,8 @@ def parse_tree(tree: str | TreePlan | Sequence[Sequence[int]]) -> TreePlan:
         if not isinstance(tree, (list, tuple)) or not all(isinstance(path, (list, tuple)) for path in tree):
             raise ValueError(f"a tree is a name or a list of paths such as [[0], [1], [0, 0]], got {tree!r}")
         return StaticTree(tuple(tuple(path) for path in tree))
+    if any(int(number) > MOST for number in re.findall(r"(?<=-)\d+", tree)):
+        raise ValueError(f"tree {tree!r} is too large; its numbers may go up to {MOST}")
     if match := re.fullmatch(r"(?:(.+)\+)?lookup(?:-(\d+))?", tree):
         plan, length = parse_tree(match[1] or "off"), match[2]
         if match[1] is None and length is None:

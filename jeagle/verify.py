@@ -2,8 +2,7 @@
 
 A node is accepted iff it and all its ancestors are what the target chose at their parents. Siblings are distinct, so
 this is multi-round speculative sampling with greedy drafting (arXiv:2508.08192; SpecInfer, arXiv:2305.09781), drawn in
-one
-step: whatever the draft proposes, the emitted tokens are the target's own choices.
+one step: whatever the draft proposes, the emitted tokens are the target's own choices.
 """
 
 from __future__ import annotations

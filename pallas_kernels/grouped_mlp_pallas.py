@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.plan import NUM_MULTIPROCESSORS, power_of_two
+from pallas_kernels.plan import FP8_CAPABILITY, NUM_MULTIPROCESSORS, compute_capability, little_shared, power_of_two
 
 __all__ = ["grouped_mlp"]
 
@@ -84,6 +84,8 @@ def refusal(gate_up_ED2F: jax.Array | jax.ShapeDtypeStruct) -> str:
     _, D, _, F = gate_up_ED2F.shape
     if D % 16 or F % 16:
         return f"widths {D} and {F} are not both multiples of 16"
+    if gate_up_ED2F.dtype.itemsize == 1 and compute_capability() < FP8_CAPABILITY:
+        return f"8-bit weights take a GPU of compute capability {FP8_CAPABILITY}, this one has {compute_capability()}"
     both = math.prod(gate_up_ED2F.shape)
     if gate_up_ED2F.dtype.itemsize == 1 and any(2**31 < size <= 2**32 for size in (both, both // 2)):  # of down
         return f"8-bit weights {gate_up_ED2F.shape} lie between 2 and 8 GiB, and offsets have 32 bits up to 4"
@@ -97,10 +99,11 @@ def tiles(*, m: int, E: int, D: int, F: int, dtype: jnp.dtype) -> tuple[Tiles, T
     where that leaves multiprocessors idle; then, for a single row, splits of the first launch, which experts split over
     devices make narrow (parts of more rows, padded to 16, would take all shared memory of the second). Steps so deep
     that the loads in flight, on all multiprocessors together, exceed what bandwidth times latency asks of an H100
-    (about 3 MB).
+    (about 3 MB). Where there is little shared memory, half of the rows and fewer loads in flight.
     """
     wide = jnp.dtype(dtype).itemsize > 2  # float32 runs without tensor cores and holds twice the bytes
-    rows = min(max(16, power_of_two(-(-2 * m // E))), 32 if wide else 128)
+    less = little_shared()
+    rows = min(max(16, power_of_two(-(-2 * m // E))), 32 if wide else 64 if less else 128)
     most_blocks = num_blocks(m, E, rows)
 
     def launch(contracted: int, width: int, can_split: bool) -> Tiles:
@@ -111,9 +114,8 @@ def tiles(*, m: int, E: int, D: int, F: int, dtype: jnp.dtype) -> tuple[Tiles, T
         depth = divisor(contracted, 32 if wide else 128 if rows == 16 else 64)
         room = max(1, NUM_MULTIPROCESSORS // (width // columns)) if can_split else 1
         splits = divisor(contracted // depth, power_of_two(room + 1) // 2)
-        return Tiles(
-            rows, columns, depth, splits, warps=8 if rows == 128 else 4, stages=2 if wide else 3 if rows > 32 else 4
-        )
+        stages = 2 if wide or less else 3 if rows > 32 else 4
+        return Tiles(rows, columns, depth, splits, warps=8 if rows == 128 else 4, stages=stages)
 
     return launch(D, F, m == 1), launch(F, D, False)
 
@@ -231,7 +233,7 @@ def _down_kernel(row_ref, expert_ref, h_ref, down_ref, *others, tiles: Tiles):
     zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     y = lax.fori_loop(jnp.int32(0), steps, step, zeros)
     for scale_ref in scale_refs:
-        y = y * pltriton.load(scale_ref.at[expert, d_1C])
+        y = jnp.where(steps > 0, y * pltriton.load(scale_ref.at[expert, d_1C]), 0.0)  # whatever the scale of expert 0
     pltriton.store(y_ref.at[row_R1, d_1C], y.astype(y_ref.dtype), mask=own_R1)
 
 

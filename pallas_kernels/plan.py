@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-__all__ = ["Plan", "plan"]
+__all__ = ["FP8_CAPABILITY", "HOPPER", "Plan", "compute_capability", "little_shared", "plan", "power_of_two"]
 
+FP8_CAPABILITY = 8.9  # from which on Pallas' lowering casts 8-bit floats
+HOPPER = 9.0  # its compute capability: what is compiled where no GPU is
 NUM_MULTIPROCESSORS = 132  # H100 SXM and H200
 WAVES = 2  # programs per multiprocessor to aim at: one's loads hide behind the other's arithmetic
 
@@ -28,23 +31,38 @@ class Plan(NamedTuple):
     stages: int  # loads in flight
 
 
+def compute_capability() -> float:
+    """Of JAX's first device; HOPPER where that is no NVIDIA GPU."""
+    return float(getattr(jax.devices()[0], "compute_capability", HOPPER))
+
+
+def little_shared() -> bool:
+    """Whether a program may have but 99 KiB of shared memory, as on GPUs for desktops and their like (8.6, 8.9, 12.x);
+    an A100 has 163 KiB, an H100 and a B200 have 227."""
+    capability = compute_capability()
+    return 8.0 < capability < HOPPER or capability >= 12
+
+
 def plan(*, B: int, T: int, K: int, G: int, H: int, capacity: int, dtype: jnp.dtype) -> Plan:
     """The plan for q [B, T, K, G, H] over a cache of at most ``capacity`` positions per request.
 
     The rule: rows up to 64 in one block (beyond, 128, which two warp groups share); steps of 64 keys; then as many
     splits as fill the multiprocessors ``WAVES`` times, but none shorter than two steps at full capacity. Lengths are
     not known here: a split's share is cut from each request's own length when it runs, so short requests are spread
-    as evenly as long ones.
+    as evenly as long ones. Where there is little shared memory, half of the rows and one load less in flight.
     """
     rows = max(16, power_of_two(T * G))
     wide = jnp.dtype(dtype).itemsize > 2  # float32 runs without tensor cores and holds twice the bytes
-    rows = min(rows, 32 if wide else 128)
+    less = little_shared()
+    rows = min(rows, 32 if wide else 64 if less else 128)
     keys = min(32 if wide else 64, max(16, power_of_two(capacity)))
     programs = B * K * -(-T * G // rows)
     room = max(1, WAVES * NUM_MULTIPROCESSORS // programs)
     longest = max(1, capacity // (2 * keys))
     splits = min(power_of_two(room + 1) // 2, power_of_two(longest + 1) // 2)
-    return Plan(rows, keys, max(1, splits), warps=8 if rows >= 128 else 4, stages=2 if wide or H > 128 else 3)
+    # Without tensor cores 32 rows of float32 need the registers of 8 warps: 4 spill 1,848 bytes at heads of 128.
+    many = rows >= (32 if wide else 128)
+    return Plan(rows, keys, max(1, splits), warps=8 if many else 4, stages=2 if wide or less or H > 128 else 3)
 
 
 def power_of_two(n: int) -> int:

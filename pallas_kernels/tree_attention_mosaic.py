@@ -36,6 +36,7 @@ __all__ = ["tree_attention"]
 
 ROWS = 64  # query rows of one warp group: what wgmma takes
 KEYS = 64  # cache positions per step
+MOST_SPLITS = 64
 STAGES = 3  # steps of keys and values in shared memory; with 64 rows two programs fit one multiprocessor
 LANES = 128  # threads of a warp group
 LOG2E = 1.4426950408889634
@@ -108,7 +109,9 @@ def tree_attention(
     interpret = _on_cpu()
     # Interpreted warp groups are threads that wait for each other while they hold XLA's, one for each CPU or device.
     groups = 1 if interpret and jax.device_count() < 4 else max(1, p.rows // ROWS)
-    cut = Cut(T + more_T, K, G, H, k_BUKH.shape[1], page_size, head_rows, groups=groups, splits=p.splits)
+    # The merge takes LANES numbers at a time, and holds every split's sum: 256 of them spill.
+    splits = 1 if q_BTKGH.size < LANES else min(p.splits, MOST_SPLITS)
+    cut = Cut(T + more_T, K, G, H, k_BUKH.shape[1], page_size, head_rows, groups=groups, splits=splits)
     operands = (start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v)
     out_BTKGH, lse_BTKG = _launch(*operands, cut=cut, interpret=interpret)
     return out_BTKGH[:, :T], lse_BTKG[:, :T]

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.plan import Plan, plan, power_of_two
+from pallas_kernels.plan import FP8_CAPABILITY, Plan, compute_capability, little_shared, plan, power_of_two
 
 __all__ = ["tree_attention"]
 
@@ -47,8 +47,8 @@ def tree_attention(
     """(out_BTKGH, lse_BTKG). See ``tree_attention_xla.tree_attention``.
 
     Raises:
-      NotImplementedError: head width not a power of two of at least 16, or 8-bit pages of 2 to 4 GiB (the lowering
-        counts their bytes in signed 32 bits).
+      NotImplementedError: what ``refusal`` says: among others 8-bit pages of 2 to 4 GiB, as the lowering counts their
+        bytes in signed 32 bits.
     """
     B, T, K, G, H = q_BTKGH.shape
     if refused := refusal(pages_k):
@@ -67,8 +67,11 @@ def tree_attention(
 def refusal(pages: jax.Array | jax.ShapeDtypeStruct) -> str:
     """Why the kernel cannot read pages [.., H]; empty where it can."""
     H = pages.shape[-1]
-    if H < 16 or power_of_two(H) != H:
-        return f"head width {H} is not a power of two of at least 16"
+    most = 128 if little_shared() else 256  # what fits in shared memory
+    if not 16 <= H <= most or power_of_two(H) != H:
+        return f"head width {H} is not a power of two from 16 to {most}"
+    if pages.dtype.itemsize == 1 and compute_capability() < FP8_CAPABILITY:
+        return f"8-bit pages take a GPU of compute capability {FP8_CAPABILITY}, this one has {compute_capability()}"
     if pages.dtype.itemsize == 1 and 2**31 < math.prod(pages.shape) <= 2**32:
         return f"8-bit pages {pages.shape} lie between 2 and 4 GiB"
     return ""

@@ -91,8 +91,8 @@ class Launch(NamedTuple):
 def launches(start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_mask, pages_k, pages_v, scales):
     """The one or two launches of a call on arrays of these shapes, in order."""
     B, T, K, G, H = q_BTKGH.shape
-    if H < 16 or power_of_two(H) != H:
-        raise NotImplementedError(f"attention 'triton': head width {H} is not a power of two of at least 16")
+    if not 16 <= H <= 256 or power_of_two(H) != H:
+        raise NotImplementedError(f"attention 'triton': head width {H} is not a power of two from 16 to 256")
     _, num_pages, page_size, _ = pages_k.shape
     U, M = k_BUKH.shape[1], page_table_BM.shape[1]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=M * page_size, dtype=q_BTKGH.dtype)

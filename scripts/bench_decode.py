@@ -6,10 +6,10 @@
 
 Times one target forward inside the compiled loop for T = 1 (a plain step) and T = 2..32 (verifying a tree of T nodes),
 one step of the EAGLE head, what it takes to go on under another tree between two launches, and the share of
-``LLM.generate``'s time that is spent outside the device loop. Every time
-is the best of several repeats taken in turns, so that a busy machine disturbs all of them alike; read the ratios. The
-floor is the bytes of the weights read once per step over the bandwidth measured in this run (the best of a numpy and
-an XLA read of 1 GB). The last line is one JSON object.
+``LLM.generate``'s time that is spent outside the device loop. Every time is the best of several repeats taken in turns,
+so that a busy machine disturbs all of them alike; read the ratios. The floor is the bytes of the weights read once per
+step over the bandwidth measured in this run (the best of a numpy and an XLA read of 1 GB). The last line is one JSON
+object.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 from jeagle import LLM, RequestMetrics, SamplingParams
 from jeagle.text import REFERENCE_DATE
+from jeagle.tree import tree_name
 from jeagle.verify import constant_profile
 
 PEERS = {"transformers": "hf.py", "llama.cpp": "llama_cpp_engine.py", "vllm": "vllm_engine.py"}
@@ -315,7 +316,7 @@ def measure(args: argparse.Namespace, workers: list[Worker]) -> dict[str, Any]:
         contenders.append(Contender(SPECULATIVE, ours(llm, args.max_tokens, True)))
     versions = join(args, max(map(len, prompts)), contenders, workers)
 
-    tree = f"{llm.plan.num_nodes} nodes, depth {llm.plan.max_depth}" if args.draft else None
+    tree = tree_name(llm.plan) if args.draft else None
     title = f"{args.model.name}, {jnp.dtype(llm.dtype).name}{synthetic_note(profile)}"
     result: dict[str, Any] = dict(script="bench_peers", **here, title=title, model=str(args.model), draft=args.draft)
     result |= dict(tree=tree, dtype=jnp.dtype(llm.dtype).name, prompts=args.prompts, max_tokens=args.max_tokens)

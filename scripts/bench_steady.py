@@ -34,6 +34,7 @@ from reporting import check_outputs, grouped_bars, make_console, new_figure, new
 from tqdm import tqdm
 
 from jeagle import LLM, SamplingParams
+from jeagle.tree import tree_name
 
 PROMPT = 100  # tokens
 LENGTHS = (5, 40, 100, 17, 63, 90)  # of the prompts whose memory is watched
@@ -108,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             length=long_and_short(llm, prompt, speculative, args.long, args.short, args.repeats),
             memory=watch_memory(llm, speculative, args.requests, args.request_tokens),
         )
-    plan = f"{llm.plan.num_nodes} nodes, depth {llm.plan.max_depth}" if args.draft else None
+    plan = tree_name(llm.plan) if args.draft else None
     about = dict(model=args.model, draft=args.draft, tree=plan, dtype=jnp.dtype(llm.dtype).name)
     about |= dict(prompt="random ids" if args.prompt is None else args.prompt, prompt_tokens=len(prompt))
     return dict(script="bench_steady", **here, **about, runs=found)

@@ -6,9 +6,9 @@
 Compiles every attention kernel and the experts' kernels at decoding shapes, and the whole decode loop of a model of
 Llama 3 8B's shape (bfloat16, batch 1, 32,768 positions, an EAGLE-3 head with 32,000 draft tokens): plain, with a
 dynamic tree of 64 nodes, with that tree over FP8 caches (of 65,536 positions), and with a chain of 3 that is looked up
-in the text where it repeats itself. For each: kernels and their
-registers, spills and shared memory; for the loop also the kernels per layer and round, what is aliased and what is
-temporary (less than one layer's pages: nothing copies pages), and whether the rounds are command buffers (CUDA graphs).
+in the text where it repeats itself. For each: kernels and their registers, spills and shared memory; for the loop also
+the kernels per layer and round, what is aliased and what is temporary (less than one layer's pages: nothing copies
+pages), and whether the rounds are command buffers (CUDA graphs).
 XLA makes no command buffer of fewer than five commands, and the loop itself is two: with WHILE enabled and that limit
 left alone, nothing at all becomes one; LOOP_FLAGS lowers it.
 
@@ -44,6 +44,7 @@ from jeagle.decode import Program
 from jeagle.decoder import Decoder
 from jeagle.fp8 import FP8
 from jeagle.llama4_config import Llama4Config
+from jeagle.sampling import resolve_sampler
 from jeagle.sizes import size
 from jeagle.tree import OFF, DynamicTree, StaticTree, TreePlan, with_lookup
 from pallas_kernels.grouped_mlp_pallas import grouped_mlp
@@ -125,8 +126,8 @@ def decode_loop(name: str, attention: str, layers: int, capacity: int) -> dict[s
 
     head = EagleConfig.for_target(config, "eagle3", draft_vocab_size=32000)
     models = abstract(config, jnp.bfloat16), abstract(head, jnp.bfloat16)
-    decoder = Decoder(*models, kv_cache_dtype=FP8 if fp8 else None)
-    program = Program(plan=plan, attention=attention)
+    decoder = Decoder(*models, kv_cache_dtype=FP8 if fp8 else None, platform="gpu")
+    program = Program(plan=plan, attention=attention, sampler=resolve_sampler("auto", platform="gpu"))
     batch = make_batch(1, [1] * 40, 8)
     state = jax.eval_shape(
         lambda: decoder.first_state(decoder.empty_caches(1, program, capacity), batch, program, capacity)

@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[0.0], help="0, another, or both: first 0, then sampled answers"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--batch", type=int, nargs="+", help="1 4 16, times --data-parallel-size")
     parser.add_argument("--capacity", type=int, default=512, help="cache positions per row; half are the context")
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="most nodes, the root included")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5], help="most levels below the root")
@@ -150,6 +150,7 @@ def main() -> int:
     args = parser.parse_args()
 
     def measure() -> dict[str, Any]:
+        args.batch = args.batch or [batch * max(1, args.data_parallel_size) for batch in (1, 4, 16)]
         first, *more = args.temperature
         if len(more) > 1 or (more and (first != 0 or more[0] == 0)):
             raise ValueError(f"--temperature takes one number, or 0 and another, got {args.temperature}")
@@ -157,7 +158,9 @@ def main() -> int:
             if np.min(getattr(args, name)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
         if uneven := [batch for batch in args.batch if batch % args.data_parallel_size]:
-            raise ValueError(f"--batch {uneven[0]} does not split over {args.data_parallel_size} groups of devices")
+            raise ValueError(
+                f"--batch {uneven[0]} does not split over {args.data_parallel_size} groups of devices; give multiples"
+            )
         check_outputs(args.out, None)
         here = environment()
         wide = dataclasses.replace(comb(max(args.depths), args.ranks), lookup=LONGEST)

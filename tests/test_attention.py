@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from jeagle.attention import IMPLEMENTATIONS, attend, resolve
 from jeagle.cache import Prefix
+from pallas_kernels import plan as kernel_plan
+from pallas_kernels import tree_attention_pallas
 from pallas_kernels import tree_attention_xla as xla
 
 
@@ -136,17 +138,26 @@ def test_when_a_cache_is_taken_whole():
     assert not is_whole(start=zeros, length=long, layer=(call.layer[0], np.full_like(call.layer[1], np.nan)))
 
 
-def test_names_are_resolved_and_never_replaced():
+def test_names_are_resolved_and_never_replaced(monkeypatch):
     assert resolve("auto", "cpu") == "xla" and resolve("auto", "gpu") == "pallas"
     # What the kernel would refuse on a GPU is XLA's: Llamas with heads of 96 or 100, and pages of 2 to 4 GiB.
     for shape, dtype, chosen in (
         ((2, 9, 16, 128), "bfloat16", "pallas"),
         ((2, 9, 16, 100), "bfloat16", "xla"),
         ((2, 9, 16, 8), "float32", "xla"),
+        ((2, 9, 16, 256), "float32", "pallas"),
+        ((2, 9, 16, 512), "bfloat16", "xla"),  # its blocks would not fit in shared memory
         ((8, 2**18, 16, 64), "float8_e4m3fn", "pallas"),
         ((8, 2**18 + 1, 16, 64), "float8_e4m3fn", "xla"),
     ):
         assert resolve("auto", "gpu", jax.ShapeDtypeStruct(shape, dtype)) == chosen
+    with monkeypatch.context() as other:
+        other.setattr(tree_attention_pallas, "compute_capability", lambda: 8.0)  # an A100 has no 8-bit floats
+        assert resolve("auto", "gpu", jax.ShapeDtypeStruct((2, 9, 16, 64), "float8_e4m3fn")) == "xla"
+        assert resolve("auto", "gpu", jax.ShapeDtypeStruct((2, 9, 16, 64), "bfloat16")) == "pallas"
+    monkeypatch.setattr(kernel_plan, "compute_capability", lambda: 8.9)  # an RTX 4090, an L40S
+    assert resolve("auto", "gpu", jax.ShapeDtypeStruct((2, 9, 16, 256), "bfloat16")) == "xla"
+    assert kernel_plan.plan(B=1, T=64, K=8, G=4, H=128, capacity=8192, dtype=jnp.bfloat16)[:2] == (64, 64)
     for name in IMPLEMENTATIONS:
         assert resolve(name) == name
     with pytest.raises(ValueError, match=r"'cuda' is unknown; choose one of \['auto', .*'xla'"):

@@ -27,6 +27,7 @@ BASE = Shape(K=1, H=64, page_size=64, M=3, dtype=jnp.bfloat16)
 SHAPES = {
     "decode-one-split": replace(BASE, B=2, T=1, U=1, G=1, M=2),
     "odd-heads-small-pages": replace(BASE, B=1, K=3, G=3, page_size=8, M=17),
+    "half-a-chunk": replace(BASE, B=1, T=1, U=1, G=1, M=6),  # what the merge takes at a time is more than there is
     "wide-heads-two-splits": replace(BASE, B=2, T=7, U=12, G=4, H=128, page_size=32, M=8, mask_rows=1),
     "many-rows-large-pages": replace(BASE, B=1, T=20, U=70, G=4, page_size=128, M=4),
 }

@@ -40,6 +40,9 @@ dispatch.measure_rounds = lambda decoder, program, plans, setting: {
 llm = LLM(target, head, tree=%(tree)s, page_size=8, tensor_parallel_size=4, data_parallel_size=2)
 turns = LLM(target, head, tree="chain-2", page_size=8, max_batch_size=2, tensor_parallel_size=4, data_parallel_size=2)
 answers = turns.generate(%(queued)s, SamplingParams(**%(stopping)s), use_tqdm=False)
+llm.tokenizer.chat_template = "{{ strftime_now('%%Y%%m%%d') }}"
+day = "".join(map(chr, llm.apply_chat_template([{"role": "user", "content": ""}])))
+print(json.dumps({"day": day}), flush=True)
 print(json.dumps({"queued": [out.outputs[0].token_ids for out in answers]}), flush=True)
 def ids():
     outputs = llm.generate(%(prompts)s, [SamplingParams(**p) for p in %(params)s], use_tqdm=False)
@@ -65,6 +68,7 @@ def start(process: int, port: int, checkpoints: tuple[str, str], directory: Path
     code = WORKER % dict(tree=DISPATCH, prompts=PROMPTS, params=PARAMS, queued=QUEUED, stopping=STOPPING)
     cache = str(Path(checkpoints[0]).parent / "cache")  # no costs of an earlier run
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1", "JEAGLE_CACHE": cache}
+    environment["TZ"] = ("EAST-14", "WEST+11")[process]  # never the same day
     with (directory / f"out{process}").open("wb") as out, (directory / f"err{process}").open("wb") as err:
         return subprocess.Popen(
             [sys.executable, "-c", code, str(process), str(port), *checkpoints],
@@ -106,6 +110,8 @@ def test_two_processes_then_one(checkpoints, tmp_path):
     for said_by_one in (survivor, other):
         (line,) = (line for line in said_by_one.splitlines() if line.startswith('{"queued"'))
         assert json.loads(line)["queued"] == [out.outputs[0].token_ids for out in queued]
+    days = [next(line for line in text.splitlines() if line.startswith('{"day"')) for text in (survivor, other)]
+    assert days[0] == days[1]  # and so what a chat template makes of it
     first, second = (
         json.loads(next(line for line in text.splitlines() if line.startswith("[[")))  # Gloo prints too
         for text in (survivor, other)
@@ -123,6 +129,7 @@ def test_two_processes_then_one(checkpoints, tmp_path):
     [
         (dict(coordinator="host:1"), "give num_processes and process_id too"),
         (dict(coordinator="host:1", num_processes=2, process_id=2), "process_id must lie in 0..1, got 2"),
+        (dict(coordinator="host:1", num_processes=0, process_id=0), "num_processes must be at least 1, got 0"),
         (dict(coordinator="host", num_processes=2, process_id=0), "must be HOST:PORT"),
     ],
 )

@@ -15,6 +15,8 @@ from jeagle import moe
 from jeagle.moe import Experts, resolve, run_experts
 from jeagle.sharding import Layout, Rules, make_mesh, use
 from jeagle.weights import quantize
+from pallas_kernels import grouped_mlp_pallas
+from pallas_kernels import plan as kernel_plan
 from pallas_kernels.grouped_mlp_pallas import blocks, grouped_mlp, num_blocks, tiles
 
 IMPLEMENTATIONS = {"xla": partial(run_experts, all_here=False), "pallas": partial(grouped_mlp, interpret=True)}
@@ -173,7 +175,7 @@ def test_experts_split_over_devices(rule):
         np.testing.assert_allclose(jax.jit(lambda x: experts(x))(x_BTD), expected, rtol=2e-5, atol=1e-8)
 
 
-def test_names_are_resolved_and_never_replaced():
+def test_names_are_resolved_and_never_replaced(monkeypatch):
     assert (resolve("auto", "cpu"), resolve("auto", "tpu"), resolve("auto", "gpu")) == ("xla", "xla", "pallas")
     assert [resolve(name) for name in moe.IMPLEMENTATIONS] == ["xla", "pallas"]
     # What the kernels would refuse on a GPU is XLA's: FP8 experts of 2 to 4 GiB (Maverick's on four GPUs), odd widths.
@@ -184,12 +186,23 @@ def test_names_are_resolved_and_never_replaced():
         ((16, 40, 2, 64), "bfloat16", "xla"),
     ):
         assert resolve("auto", "gpu", jax.ShapeDtypeStruct(shape, dtype)) == chosen
+    monkeypatch.setattr(grouped_mlp_pallas, "compute_capability", lambda: 8.0)
+    assert resolve("auto", "gpu", jax.ShapeDtypeStruct((128, 5120, 2, 1024), "float8_e4m3fn")) == "xla"
+    monkeypatch.setattr(kernel_plan, "compute_capability", lambda: 8.9)
+    assert max(t.rows for t in tiles(m=4096, E=16, D=5120, F=1024, dtype=BF16)) == 64
     experts = Experts(32, 24, 4, 1, implementation="pallas", dtype=F32, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="widths 32 and 24"):
         experts(jnp.zeros((1, 1, 32)))
     experts.implementation = "triton"
     with pytest.raises(ValueError, match=r"'triton' is unknown; choose one of \['auto', 'xla', 'pallas'\]"):
         experts(jnp.zeros((1, 1, 32)))
+
+
+def test_a_row_of_another_device_reads_no_scale():
+    weights = jnp.ones((2, 16, 2, 16), jnp.float8_e4m3fn), jnp.ones((2, 16, 16), jnp.float8_e4m3fn)
+    scales = jnp.full((2, 2, 16), jnp.nan), jnp.full((2, 16), jnp.nan)
+    for compute in IMPLEMENTATIONS.values():
+        assert not np.any(compute(jnp.ones((1, 16)), jnp.array([-1], jnp.int32), *weights, *scales))
 
 
 @pytest.mark.parametrize("m", [1, 5])  # one row: the first launch in parts

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import tiny_llama
 from reciter import MAX_LEN, RECITED, TEXT, save_pairs
 from tiny_tokenizer import BOS, EOS, VOCAB_SIZE, byte_ids
 
@@ -87,7 +88,7 @@ def test_order_and_company(random_llm):
     for i in (4, 5):
         assert answers(random_llm.generate(prompts[i], params[i], speculative=False, **QUIET)) == [answers(together)[i]]
     for output, p in zip(together, params):
-        check_metrics(output, p.max_tokens, tree="3 nodes, depth 2")
+        check_metrics(output, p.max_tokens, tree="chain-2")
 
 
 def test_samples_and_seeds(random_llm):
@@ -119,7 +120,15 @@ def test_where_texts_end(reciter, speculative):
         ("r", dict(max_tokens=1), "s", ids("s"), "length", None),
         ("r", dict(max_tokens=7, ignore_eos=True), "s\nabcd", [*ids("s\n"), EOS, *ids("abcd")], "length", None),
         ("r", dict(stop_token_ids=[EOS]), "s\n", [*ids("s\n"), EOS], "stop", EOS),
-        ("g", dict(stop_token_ids=ids("kl")), "hijk", ids("hijk"), "stop", ids("k")[0]),
+        ("g", dict(stop_token_ids=ids("kl")), "hij", ids("hijk"), "stop", ids("k")[0]),  # no text, as in vLLM
+        (
+            "g",
+            dict(stop_token_ids=ids("k"), stop="jk"),
+            "hij",
+            ids("hijk"),
+            "stop",
+            ids("k")[0],
+        ),  # nor part of a string
         ("g", dict(stop_token_ids=ids("l"), stop="ij"), "h", ids("hij"), "stop", "ij"),  # the earlier of the two
         ("c", dict(stop="STOP"), "dé🙂fghijklm.", ids("dé🙂fghijklm.STOP"), "stop", "STOP"),
         ("c", dict(stop=["hi", "é🙂"]), "d", ids("dé🙂"), "stop", "é🙂"),
@@ -209,7 +218,7 @@ def check_metrics(output: RequestOutput, num_tokens: int, tree: str) -> None:
 def test_metrics(reciter):
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     (output,) = reciter.generate([9, 20], params, **QUIET)
-    check_metrics(output, 24, tree="3 nodes, depth 2")
+    check_metrics(output, 24, tree="chain-2")
     assert output.metrics.acceptance_histogram == [0, 0, 8]  # the head is always right
     (output,) = reciter.generate([9, 20], params, speculative=False, **QUIET)
     metrics = output.metrics
@@ -231,7 +240,27 @@ def test_stream_is_generate_in_pieces(reciter, stop):
         == TEXT[1:].split("STOP" if stop == "STOP" else stop or None)[0] + ("\n" if not stop else "")
     )
     assert all(pieces) and not any("\ufffd" in piece for piece in pieces)
+    params = SamplingParams(stop_token_ids=byte_ids("k"))
+    assert "".join(reciter.stream("g", params)) == "hij"
     assert stop in ("é🙂",) or len(pieces) > 2
+
+
+def test_prompts_as_mappings(reciter):
+    """As vLLM's: TextPrompt and TokensPrompt."""
+    params = SamplingParams(max_tokens=5)
+    wanted = answers(reciter.generate(["a", "g"], params, **QUIET))
+    given = [{"prompt": "a", "prompt_token_ids": None}, {"prompt_token_ids": np.array(byte_ids("g"))}]
+    assert answers(reciter.generate(given, params, **QUIET)) == wanted
+    assert answers(reciter.generate(given[0], params, **QUIET)) == wanted[:1]
+    assert "".join(reciter.stream(given[1], params)) == wanted[1][0][0]
+
+
+def test_more_logprobs_than_tokens():
+    llm = LLM(tiny_llama(vocab_size=4), page_size=8)
+    (out,) = llm.generate([1, 2], SamplingParams(max_tokens=3, ignore_eos=True, logprobs=7), **QUIET)
+    assert [len(step) for step in out.outputs[0].logprobs] == [4] * 3
+    llm.plan = "lookup-2"  # as LLM's argument
+    assert llm.generate([1, 2], SamplingParams(max_tokens=3), **QUIET)[0].metrics.tree == "lookup-2"
 
 
 def test_chat(reciter):

@@ -14,6 +14,7 @@ from jeagle import LLM, EagleConfig, LlamaConfig, SamplingParams
 from jeagle.distributed import DeviceMemoryError
 
 QUIET = dict(use_tqdm=False)
+HEAD = make_head(EagleConfig.for_target(LlamaConfig.tiny(), "eagle3"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,9 @@ def test_full_device_memory_is_one_sentence(reciter, monkeypatch):
     [
         (5, "prompts must be a string, a list of token ids, or a list of these, got 5"),
         (None, "got None"),
-        ({"prompt": "a"}, "got {'prompt': 'a'}"),
+        ({"text": "a"}, "a prompt given as a mapping must have prompt_token_ids or prompt, got ['text']"),
+        ([{"role": "user", "content": "a"}], "must have prompt_token_ids or prompt, got ['content', 'role']"),
+        ({"prompt_token_ids": [5, -1]}, "prompt 0 holds token id -1"),
         (b"abc", "got b'abc'"),
         ([[]], "prompt 0 is empty"),
         ([[5], []], "prompt 1 is empty"),
@@ -83,7 +86,7 @@ def test_refused_parameters_and_conversations(reciter):
         reciter.generate("a", SamplingParams(stop_token_ids=[VOCAB_SIZE]))
     with pytest.raises(ValueError, match="n must be 1, got 2"):
         reciter.stream("a", SamplingParams(n=2))
-    for wrong in ("hi", ["hi"], {"role": "user", "content": "hi"}, [[]]):
+    for wrong in ("hi", ["hi"], {"role": "user", "content": "hi"}, [[]], 5, None):
         with pytest.raises(ValueError, match="a conversation is a list of"):
             reciter.chat(wrong)
     for wrong in ({"rol": "user"}, {"role": "user", "content": None}):
@@ -104,6 +107,15 @@ def test_refused_parameters_and_conversations(reciter):
         (dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1, got 0"),
         (dict(attention="magic"), "attention implementation 'magic' is unknown"),
         (dict(sampler="magic"), "sampler 'magic' is unknown"),
+        (dict(model=5), "model must be a path, a hub name or of type Llama, got int"),
+        (dict(model=HEAD), "model must be a path, a hub name or of type Llama, got EagleHead"),
+        (dict(draft=b"x"), "draft must be a path, a hub name or of type EagleHead, got bytes"),
+        (dict(kv_cache_dtype=["fp8"]), "kv_cache_dtype must be one of"),
+        (dict(attention=["xla"]), "attention implementation ['xla'] is unknown"),
+        (dict(tree="chain-99999999999"), "tree 'chain-99999999999' is too large; its numbers may go up to 1024"),
+        (dict(tree="dynamic-2-3-5000+lookup"), "is too large"),
+        (dict(synthetic_acceptance=[0.5], draft=None), "synthetic_acceptance forces what a head drafts: give a draft"),
+        (dict(synthetic_acceptance=[0.5], tree="lookup-4"), "and a tree that drafts"),
         (dict(model="nowhere/at/all"), "nowhere/at/all does not exist"),
         (dict(model=__file__), "is a file"),
     ],

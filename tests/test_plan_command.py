@@ -102,7 +102,7 @@ MAVERICK = "plan --model llama-4-maverick --devices 8 --dtype fp8 --tokens-per-c
 
 def test_command(capsys, tmp_path):
     picture, figures = tmp_path / "plan.png", tmp_path / "plan.json"
-    options = ["--gpu", "H100", "--tree", "chain3", "--picture", str(picture), "--json", str(figures)]
+    options = ["--gpu", "H100", "--tree", "chain-3", "--picture", str(picture), "--json", str(figures)]
     assert cli.main([*MAVERICK, *options]) == 0
     out, err = capsys.readouterr()
     assert not err and all(len(line) <= 100 for line in out.splitlines() if not line.startswith("- "))

@@ -44,20 +44,22 @@ def is_power_of_two(n: int) -> bool:
             [5] * 57,
             {},
             "prompt 3 has 57 tokens and max_tokens is 8; together they exceed the limit of 64 positions: "
-            "shorten the prompt, lower max_tokens or raise max_model_len",
+            "shorten the prompt or lower max_tokens",
         ),
         ([5], dict(stop_token_ids=[7, 100]), "stop_token_ids holds 100, outside the vocabulary of 100"),
     ],
 )
 def test_what_cannot_be_generated_from_is_refused(prompt, params, message):
     with pytest.raises(ValueError) as caught:
-        check_prompt(prompt, SamplingParams(max_tokens=8, **params), index=3, vocab_size=100, limit=64)
+        check_prompt(prompt, SamplingParams(max_tokens=8, **params), index=3, vocab_size=100, limit=64, positions=64)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("prompt", [[0], [99], [5] * 56, [np.int32(4), np.int64(5)]])
 def test_what_just_fits_is_accepted(prompt):
-    check_prompt(prompt, SamplingParams(max_tokens=8, stop_token_ids=[99]), index=0, vocab_size=100, limit=64)
+    check_prompt(
+        prompt, SamplingParams(max_tokens=8, stop_token_ids=[99]), index=0, vocab_size=100, limit=64, positions=64
+    )
 
 
 def test_a_row_per_prompt_and_sample():
@@ -187,7 +189,8 @@ def test_rows_go_through_prompts_in_groups():
     assert got(*[60] * 3, full=256) == (64, 4)  # never more than the batch
     assert got(*[60] * 31, 1000, full=256) == (128, 8)  # seven beside the long one, not fifteen
     assert got(*[60] * 3, 1000, full=256) == (256, 4)
-    assert got(*[60] * 64, full=256, shards=2) == (64, 64)
+    assert got(*[60] * 64, full=256, shards=2, prefill_shards=2) == (64, 64)
+    assert got(*[60] * 64, full=256, shards=2) == (64, 16)  # filled in elsewhere
 
 
 def test_batches_are_padded_with_finished_rows():
@@ -212,7 +215,7 @@ def test_batches_are_padded_with_finished_rows():
     assert sampling.seed_B2.shape == (4, 2) and sampling.seed_B2.dtype == np.uint32
     np.testing.assert_array_equal(np.asarray(sampling.temperature_B), np.array([0.5, 0, 0, 0], np.float32))
     assert sampling.top_k_B.tolist() == [4, 0, 0, 0] and sampling.top_p_B.tolist() == [1] * 4
-    assert wanted(rows) == (Filters(sample=True, top_k=True), None)
+    assert wanted(rows, 100) == (Filters(sample=True, top_k=True), None)
     assert bucket(rows[:2], 8, page_size=64, chunks=[64], limit=2048, full=32).stop_ids == 4
 
     batch = make_batch({2: rows[0]}, shapes)  # in a place of its own
@@ -233,4 +236,5 @@ def test_more_rows_than_places_ask_for_no_larger_batch():
 )
 def test_few_widths_of_logprobs(asked, width):
     rows = make_rows([[1]] * len(asked), [SamplingParams(logprobs=n) for n in asked], (2,))
-    assert wanted(rows)[1] == width
+    assert wanted(rows, 100)[1] == width
+    assert wanted(rows, 4)[1] == (None if width is None else min(4, width))

@@ -13,7 +13,8 @@ import pytest
 from jax.extend.random import threefry2x32_p
 
 from jeagle import draft
-from jeagle.sampling import Filters, RowSampling, SamplingParams, choose, gumbel, seed_keys, warp
+from jeagle.requests import make_rows
+from jeagle.sampling import Filters, RowSampling, SamplingParams, choose, drawn_seed, gumbel, seed_keys, warp
 from pallas_kernels.noise import gumbel_of_bits, threefry
 
 ALL = Filters(sample=True, top_k=True, top_p=True, min_p=True)
@@ -71,8 +72,24 @@ def test_parameters_are_brought_to_one_form():
     assert hash(params) == hash(SamplingParams(stop=["END"], stop_token_ids=(3, 4)))
 
 
+def test_filters_need_a_temperature():
+    """Where a script of vLLM's, whose default is 1, says none. Whoever says 0 means it."""
+    for field, value in (("top_k", 5), ("top_p", 0.5), ("min_p", 0.1)):
+        with pytest.raises(ValueError, match=f"{field}={value} needs a temperature") as caught:
+            SamplingParams(**{field: value})
+        assert "\n" not in str(caught.value)
+        assert SamplingParams(**{field: value}, temperature=0.0).temperature == 0
+    assert SamplingParams(top_k=-1, top_p=1, min_p=0).temperature == 0
+
+
+def test_whole_numbers_of_numpy_are_taken_as_such():
+    params = SamplingParams(max_tokens=np.int8(3), top_k=np.int8(4), temperature=1.0, n=np.int64(2), seed=np.uint32(1))
+    assert {type(x) for x in (params.max_tokens, params.top_k, params.n, params.seed)} == {int}
+    assert len(make_rows([[5] * 200], [params], ())) == 2
+
+
 def test_only_filters_that_a_sampled_row_uses_are_needed():
-    greedy = SamplingParams(top_k=5, top_p=0.5, min_p=0.1)
+    greedy = SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1)
     sampled = SamplingParams(temperature=1.0)
     assert Filters.needed([]) == Filters.needed([greedy]) == Filters()
     assert Filters.needed([greedy, sampled]) == Filters(sample=True)
@@ -124,7 +141,10 @@ def test_ties_extremes_and_greedy_rows():
     """Four rows in one batch: equal logits, a tiny top_p, top_k above the vocabulary, and a greedy one."""
     on = SamplingParams(temperature=1.0)
     rows = settings(
-        replace(on, top_k=2), replace(on, top_p=1e-9), replace(on, top_k=10**9), SamplingParams(top_k=1, top_p=0.1)
+        replace(on, top_k=2),
+        replace(on, top_p=1e-9),
+        replace(on, top_k=10**9),
+        SamplingParams(temperature=0, top_k=1, top_p=0.1),
     )
     logits = np.array(
         [[3, 1, -0.0, 1, 0.0, -2], [0, 5, 4.999, -1, 2, 3], [1, 2, 3, 4, 5, 6], [0.3, -7, 0, 2, 9, 1]], "f"
@@ -293,7 +313,7 @@ def test_seed_keys():
     np.testing.assert_array_equal(seed_keys(5, 3), seed_keys(5, 3))
     np.testing.assert_array_equal(seed_keys(5, 8)[:3], seed_keys(5, 3))  # sample i does not depend on n
     assert seed_keys(5, 3).dtype == np.uint32 and seed_keys(5, 3).shape == (3, 2)
-    keys = np.concatenate([seed_keys(seed, 50) for seed in (0, 1, 2, 2**32, 2**64 - 1, None, None)])
+    keys = np.concatenate([seed_keys(seed, 50) for seed in (0, 1, 2, 2**32, 2**64 - 1, drawn_seed(), drawn_seed())])
     assert len(np.unique(keys, axis=0)) == len(keys)
 
 

@@ -8,7 +8,10 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import pytest
 import tiny_tokenizer
+import tokenizers
 from hypothesis import example, given
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from jeagle.text import Detokenizer, encode, load_tokenizer
 
@@ -117,6 +120,19 @@ def test_prompt_and_text_joined_are_one_text(length):
 def test_a_prompt_that_ends_inside_a_character():
     detokenizer = Detokenizer(ByteTokenizer(), prompt_ids=of_bytes("a😀")[:-1])
     assert [detokenizer.push([byte]) for byte in of_bytes("😀")[-1:] + of_bytes("bc")] == ["", f"{REPLACEMENT}b", "c"]
+
+
+@pytest.mark.parametrize("prompt", ["a🙂🙂", "🙂🙂🙂", "é中é", "ab", "a"])
+def test_a_prompt_whose_last_ids_begin_inside_a_character(prompt):
+    """One byte without its others breaks the whole run of them, where a tokenizer falls back on bytes (Llama 2)."""
+    vocabulary = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581the", "\u2581word", "a", "b"]
+    bpe = models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+    model = tokenizers.Tokenizer(bpe)
+    steps = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    model.decoder = decoders.Sequence(list(steps))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", clean_up_tokenization_spaces=False)
+    detokenizer = Detokenizer(tokenizer, prompt_ids=tokenizer(prompt).input_ids)
+    assert detokenizer.push([257, 258]) == " the word"
 
 
 def test_special_tokens_are_not_text():

@@ -15,9 +15,8 @@ import numpy as np
 
 from jeagle.checkpoint import load_eagle, load_llama
 from jeagle.config import EagleConfig, LlamaConfig
-from jeagle.decoder import check_pair
 from jeagle.distributed import explained
-from jeagle.eagle import EagleHead
+from jeagle.eagle import EagleHead, check_pair
 from jeagle.host import take_memory
 from jeagle.llama import Llama
 from jeagle.llama4_config import Llama4Config

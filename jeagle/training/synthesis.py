@@ -21,7 +21,7 @@ from jeagle.training.overlap import NGrams, read_evaluation_prompts
 from jeagle.training.prompts import read_conversations, read_texts
 from jeagle.training.shards import hashes, open_shards
 from jeagle.training.writer import Settings, Writer, counts
-from jeagle.tree import OFF
+from jeagle.tree import tree_name
 
 if TYPE_CHECKING:
     from jeagle.llm import LLM
@@ -104,7 +104,7 @@ def _engine(llm: LLM, head: str | Path | None) -> dict[str, Any]:
         "head": None if head is None else Path(head).name,
         "engine": {
             "dtype": np.dtype(llm.dtype).name,
-            "tree": "off" if llm.plan is OFF else f"{llm.plan.num_nodes} nodes, depth {llm.plan.max_depth}",
+            "tree": tree_name(llm.plan),
             "max_batch_size": llm.max_batch_size,
             "max_model_len": llm.max_model_len,
         },
