@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 # On the newest JAX only the tests run: its annotations are not what mypy was pinned against. Two processes, a file of
 # tests each: most of the time is XLA compiling, on one core. Of the files below it is nearly all, as each of their many
 # programs runs for milliseconds: those are compiled without LLVM's optimisations, in a third less time.
-COMPILING := $(patsubst %,tests/test_%.py,bench_generate bench_peers bench_queue bench_train costs dispatch distributed drafting \
+COMPILING := $(patsubst %,tests/test_%.py,bench_generate bench_peers bench_queue bench_train costs disaggregated dispatch distributed drafting \
 	exactness fp8_weights grouped_mlp llama4 llm loop serving sharding switching synthetic train_head training \
 	training_faults training_moe tree_table unroll)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -36,6 +36,7 @@ from jeagle.sharding import Layout, MeshError
 from jeagle.weights import Fp8, dtype_of, dtype_of_name, scale_of
 
 __all__ = [
+    "DTYPES",
     "FORMAT_VERSION",
     "CheckpointError",
     "abstract",

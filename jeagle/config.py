@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-__all__ = ["BlockConfig", "ConfigError", "EagleConfig", "LlamaConfig", "RopeScaling"]
+__all__ = ["BlockConfig", "ConfigError", "EagleConfig", "LlamaConfig", "RopeScaling", "default_taps"]
 
 
 class ConfigError(ValueError):

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CostTable",
     "Setting",
+    "agreed",
     "environment_of",
+    "file_name",
     "load_costs",
     "measure_rounds",
     "modelled_costs",

@@ -28,7 +28,7 @@ from jeagle.llama4_config import Llama4Config
 if TYPE_CHECKING:
     from jeagle.tree import TreePlan
 
-__all__ = ["Forward", "Job", "draft_forwards", "expected_experts", "target_forward"]
+__all__ = ["Forward", "Job", "all_reduce_seconds", "draft_forwards", "expected_experts", "target_forward"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ __all__ = [
     "RMSNorm",
     "Rope",
     "lm_head",
+    "rope_angles",
     "rope_frequencies",
     "rotate",
 ]

@@ -1,4 +1,5 @@
-"""``LLM``: strings in, strings out. The only room that knows tokenizers, chat templates and requests as users see them.
+"""``LLM``: strings in, strings out. With serving.py and results.py the only room that knows text, chat templates and
+requests as users see them.
 
 llm = LLM("models/smollm2-135m", draft="path/to/head")
 for out in llm.generate(["Hello", "What is JAX?"], SamplingParams(max_tokens=64)):

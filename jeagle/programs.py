@@ -55,7 +55,7 @@ class Programs:
         is what makes buckets countable. positions: as in ``CompiledProgram``."""
         leaves, structure = jax.tree.flatten(args)
         key = (name, *static.values(), structure, tuple(x.shape for x in leaves))
-        with self._lock:  # two threads that meet in a new bucket wait for one compilation
+        with self._lock:  # one compilation at a time: XLA would share the cores between two
             if key not in self._programs:
                 began = time.perf_counter()
                 executable = jitted.lower(self._params, *args, **static).compile()

@@ -10,6 +10,7 @@ import numpy as np
 
 from jeagle.decoder import Batch
 from jeagle.sampling import Filters, RowSampling, SamplingParams, drawn_seed, seed_keys
+from pallas_kernels.plan import power_of_two
 
 __all__ = [
     "FULL_FORWARD",
@@ -144,11 +145,11 @@ def bucket(
     the arithmetic, and of the chunks the one is taken that ends soonest. Where prefill runs over several shards all
     rows are one group, as each has its own.
     """
-    capacity = -(-min(max(map(_capacity, rows)), max(limit, 1)) // page_size) * page_size
-    batch = shards * _power_of_two(-(-min(len(rows), most) // shards))
+    capacity = -(-min(max(map(_capacity, rows)), limit) // page_size) * page_size
+    batch = shards * power_of_two(-(-min(len(rows), most) // shards))
 
     def group(chunk: int) -> int:
-        return batch if prefill_shards > 1 else min(batch, _power_of_two(-(-4 * full // chunk)))
+        return batch if prefill_shards > 1 else min(batch, power_of_two(-(-4 * full // chunk)))
 
     def cost(chunk: int) -> int:
         size = group(chunk)
@@ -156,7 +157,7 @@ def bucket(
         return sum(-(-n // chunk) for n in longest) * (size // prefill_shards * chunk + full)
 
     chunk = min(chunks, key=lambda c: (cost(c), c))
-    return Bucket(batch, capacity, chunk, group(chunk), _power_of_two(max(4, *(len(row.stop_ids) for row in rows))))
+    return Bucket(batch, capacity, chunk, group(chunk), power_of_two(max(4, *(len(row.stop_ids) for row in rows))))
 
 
 def make_batch(rows: Mapping[int, Row], bucket: Bucket) -> Batch:
@@ -185,11 +186,7 @@ def _capacity(row: Row) -> int:
     """Cache positions of a batch made for such rows, were there no limit: powers of two while they are small, then
     quarters of them, as an empty half of a large cache is memory that other rows could have. Example: 5,120 for 4,195.
     """
-    n = _power_of_two(row.num_positions)
+    n = power_of_two(row.num_positions)
     if n <= LARGE_CAPACITY:
         return max(n, SMALLEST_CAPACITY)
     return -(-row.num_positions // (n // 8)) * (n // 8)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -17,7 +17,7 @@ from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.training.losses import LOSSES
 from jeagle.training.unroll import Objective
 
-__all__ = ["Recipe", "RecipeError", "load_recipe"]
+__all__ = ["OptimizerRecipe", "Recipe", "RecipeError", "load_recipe"]
 
 
 class RecipeError(ValueError):
