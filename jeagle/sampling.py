@@ -267,8 +267,7 @@ def _choose_pallas(
         raise NotImplementedError("sampler 'pallas' reads the whole vocabulary; over a split one use sampler='xla'")
     B, T, V = logits_BTV.shape
     columns = (rows.seed_B2, rows.temperature_B, rows.top_k_B, rows.top_p_B, rows.min_p_B)
-    each = (jnp.repeat(x, T, axis=0) for x in columns)  # the kernel knows rows, each with parameters of its own
-    token_R = choose_pallas.choose(logits_BTV.reshape(-1, V), position_BT.reshape(-1), *each, filters=filters)
+    token_R = choose_pallas.choose(logits_BTV.reshape(-1, V), position_BT.reshape(-1), *columns, filters=filters)
     return token_R.reshape(B, T)
 
 

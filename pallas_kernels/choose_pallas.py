@@ -46,21 +46,22 @@ TRIALS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # down from the top of th
 def choose(
     logits_RV: jax.Array,
     position_R: jax.Array,
-    seed_R2: jax.Array,
-    temperature_R: jax.Array,
-    top_k_R: jax.Array,
-    top_p_R: jax.Array,
-    min_p_R: jax.Array,
+    seed_B2: jax.Array,
+    temperature_B: jax.Array,
+    top_k_B: jax.Array,
+    top_p_B: jax.Array,
+    min_p_B: jax.Array,
     *,
     filters: Filters,
 ) -> jax.Array:
-    """token_R, int32: ``jeagle.sampling.choose`` of rows, each with its own position, key and parameters.
+    """token_R, int32: ``jeagle.sampling.choose`` of R = B * T rows, each with its own position, and every T of them
+    with one request's key and parameters.
 
     logits_RV: float32 or bfloat16, V below 2**18. The same token as the reference's wherever division, exp and log are
     the same (on a CPU they are); a GPU's last bits may differ from XLA's, which moves a choice only in a near-tie. A
     row with a NaN chooses the first, as jnp.argmax does; the reference's filters may drop it.
     """
-    operands = (logits_RV, position_R, seed_R2, temperature_R, top_k_R, top_p_R, min_p_R)
+    operands = (logits_RV, position_R, seed_B2, temperature_B, top_k_B, top_p_B, min_p_B)
     return lax.platform_dependent(
         *operands,
         cpu=partial(_launch, filters=filters, interpret=True),
@@ -101,8 +102,9 @@ def _kernel(
     """One row. Refs are whole arrays. N: lanes, each of which sees every N-th token."""
     V = logits_ref.shape[1]
     row, lane_N = pl.program_id(0), jnp.arange(lanes)
+    request = row // (logits_ref.shape[0] // temperature_ref.shape[0])
     steps, zero_N = jnp.int32(-(-V // lanes)), jnp.zeros((lanes,), jnp.int32)
-    temperature = temperature_ref[row] if filters.sample else jnp.float32(0)
+    temperature = temperature_ref[request] if filters.sample else jnp.float32(0)
     greedy = temperature == 0
     coolness = 1 / jnp.where(greedy, 1.0, temperature)
 
@@ -199,12 +201,12 @@ def _kernel(
         return cut, count_N
 
     if filters.top_k:
-        top_k = top_k_ref[row]
+        top_k = top_k_ref[request]
         enough = jnp.minimum(top_k, jnp.sum(count_N))
         cut, count_N = keep_largest(lambda x_N: zero_N + 1, enough, (top_k > 0) & ~settled, cut, count_N)
 
     if filters.top_p:
-        top_p = top_p_ref[row]
+        top_p = top_p_ref[request]
         used = (top_p < 1) & ~settled
 
         def e(x_N):
@@ -224,11 +226,11 @@ def _kernel(
         cut, count_N = keep_largest(weigh, enough, used, cut, count_N)
 
     if filters.min_p:
-        cut = jnp.maximum(cut, highest + jnp.log(min_p_ref[row]))
+        cut = jnp.maximum(cut, highest + jnp.log(min_p_ref[request]))
 
     def draw(best, i, x_N):
         id_N = pltriton.load(id_ref.at[row, i, lane_N], mask=i < count_N, other=0)
-        noise_N = gumbel_of_bits(threefry(seed_ref[row, 0], seed_ref[row, 1], position_ref[row], id_N))
+        noise_N = gumbel_of_bits(threefry(seed_ref[request, 0], seed_ref[request, 1], position_ref[row], id_N))
         return better(best, jnp.where(x_N >= cut, x_N + noise_N, -jnp.inf), id_N)
 
     drawn, _ = _winner(*fold(draw, none_yet, count_N))

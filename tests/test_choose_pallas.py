@@ -95,6 +95,17 @@ def test_chooses_as_the_reference_does(V, dtype, lanes):
         assert_chooses_the_same(both, draw(V, seed, dtype))
 
 
+def test_nodes_of_a_tree_have_their_requests_parameters():
+    T, (logits, position, rows) = 3, draw(130, 1)
+    few = jax.tree.map(lambda x: x[: R // T], rows)
+    logits, position = logits[: R // T * T].reshape(-1, T, 130), position[: R // T * T].reshape(-1, T)
+    kernel, reference = (
+        jax.jit(partial(choose, filters=ALL, sampler=name))(logits, position, few) for name in ("pallas", "xla")
+    )
+    assert len(set(few.temperature_B.tolist())) > 1
+    np.testing.assert_array_equal(kernel, reference)
+
+
 @pytest.mark.parametrize(
     "filters",
     [Filters(), Filters(sample=True), *(Filters(sample=True, **{name: True}) for name in ("top_k", "top_p", "min_p"))],
