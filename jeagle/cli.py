@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jeagle import __version__
 from jeagle.plan_command import add_arguments
 
 if TYPE_CHECKING:
@@ -40,24 +41,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jeagle", description="EAGLE speculative decoding for Llama in JAX.")
+    parser.add_argument("--version", action="version", version=f"jeagle {__version__}")
     commands = parser.add_subparsers(required=True, metavar="generate|chat|demo|plan")
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--model", default=str(DEMO_MODEL), help="converted checkpoint, HF directory, hub name or .gguf"
     )
-    shared.add_argument("--draft", help=f"EAGLE head, in the same forms or by name ({DEMO_HEAD}); none: decode plainly")
+    shared.add_argument(
+        "--draft", help=f"EAGLE head, in the same forms or by name ({DEMO_HEAD}); left out: plain decoding"
+    )
     shared.add_argument(
         "--tree",
         default="auto",
-        help="chain-K, bush-8, eagle-26, dynamic[-D-K-N], any +lookup, lookup-K, off, dispatch",
+        help="auto, chain-K, bush-8, eagle-26, dynamic[-D-K-N], any +lookup, lookup-K, off, dispatch",
     )
     shared.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "fp8"])
     shared.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"], help="fp8: caches of 8 bits")
     shared.add_argument("--tensor-parallel-size", type=int, default=1, help="devices that share every layer")
     shared.add_argument("--data-parallel-size", type=int, default=1, help="groups of them that share the rows")
     shared.add_argument("--max-model-len", type=int, help="most positions of prompt and output together")
-    shared.add_argument("--max-tokens", type=int, default=256)
+    shared.add_argument("--max-tokens", type=int, default=256, help="of the text; 256 unless given")
     shared.add_argument("--temperature", type=float, help="0, unless given, is greedy")
     shared.add_argument("--top-k", type=int, default=0)
     shared.add_argument("--top-p", type=float, default=1.0)

@@ -40,7 +40,7 @@ from jeagle.sampling import SamplingParams, resolve_sampler
 from jeagle.serving import Finished, emitted, serve, spoken
 from jeagle.sharding import Layout, Rules, fetch, make_mesh, worker_meshes
 from jeagle.text import Detokenizer, encode, encode_chat, load_tokenizer
-from jeagle.tree import OFF, StaticTree, TreePlan, parse_tree
+from jeagle.tree import OFF, TreePlan, parse_tree, tree_name
 from jeagle.tree_table import Plans
 from jeagle.verify import check_profile
 
@@ -154,8 +154,12 @@ class LLM:
         if draft is not None and not isinstance(draft, EagleHead):
             head_directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(head_directory, self._checkpoint)
-        if draft is None:  # what needs none of a tree that was asked for
-            self._plans, self.dispatcher = Plans.always(StaticTree((), getattr(asked, "lookup", 0))), None
+        if draft is None:
+            if isinstance(asked, TreePlan) and asked.levels:
+                raise ValueError(
+                    f"tree {tree_name(asked)!r} needs a head: give a draft, or 'lookup-K', which needs none"
+                )
+            self._plans, self.dispatcher = Plans.always(asked if isinstance(asked, TreePlan) else OFF), None
         else:
             self._plans, self.dispatcher = plans_of(asked, head_directory, devices, cache / "costs")
         if profile is not None and not (self._plans.largest.levels or self.dispatcher):

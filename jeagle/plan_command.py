@@ -29,7 +29,7 @@ COMPILE_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{', '.join(SIZES)}; a converted checkpoint or a Hugging Face directory")
-    parser.add_argument("--devices", type=int, help="how many, all along the tensor axis but for --data-parallel")
+    parser.add_argument("--devices", type=int, help="how many GPUs, all along the tensor axis but for --data-parallel")
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="groups of devices that share rows")
     parser.add_argument("--gpu", default="h100", help=", ".join(DEVICES))
     parser.add_argument(
@@ -38,12 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", help="bfloat16, float32 or fp8")
     parser.add_argument("--batch", type=int, default=1, help="rows, all devices together")
     parser.add_argument("--context", type=int, default=8192, help="cache positions per row")
-    parser.add_argument("--draft", default="eagle3", help="eagle3, eagle1, meta, a converted head, or off")
+    parser.add_argument("--draft", default="eagle3", help="eagle3, eagle1, meta, a converted head, by name too, or off")
     parser.add_argument("--draft-dtype", default="bfloat16", help="of the head's weights")
     parser.add_argument("--draft-sharding", default="auto", choices=["auto", "tensor", "replicated"])
     parser.add_argument("--expert-sharding", default="mlp", choices=["mlp", "experts"], help="split each, or deal out")
     parser.add_argument("--tree", default="chain-3", help="as for generate")
-    parser.add_argument("--tokens-per-call", type=float, help="what the head reaches with this tree, bonus included")
+    parser.add_argument(
+        "--tokens-per-call",
+        type=float,
+        help="what the head reaches with this tree; needed with a head",
+    )
     parser.add_argument("--efficiency", type=float, default=1.0, help="share of bandwidth and peak; 1 is the floor")
     parser.add_argument("--latency", type=float, metavar="US", help="of an all-reduce, microseconds (the GPU's)")
     parser.add_argument("--memory-fraction", type=float, default=MEMORY_SHARE, help="of each device's memory")
@@ -118,10 +122,15 @@ def _compiled(job: Job) -> Loop:
 
 def job_of(args: argparse.Namespace) -> tuple[Job, Sequence[str]]:
     """The job, and what was assumed of its head. Raises PlanError, ConfigError or ConversionError in one sentence."""
-    if args.model is None:
-        raise PlanError(f"--model is missing: a directory with a config.json, or one of {', '.join(SIZES)}")
-    if args.devices is None:
-        raise PlanError("--devices is missing: say how many GPUs there are to be, as in --devices 8")
+    wanted = dict(
+        model=f"a directory with a config.json, or one of {', '.join(SIZES)}",
+        devices="say how many GPUs there are to be, as in --devices 8",
+    )
+    if missing := [name for name in wanted if getattr(args, name) is None]:
+        raise PlanError("; ".join(f"--{name} is missing: {wanted[name]}" for name in missing))
+    for path in (args.picture, args.json):
+        if path is not None and not path.parent.is_dir():
+            raise PlanError(f"{path} cannot be written: {path.parent} is no directory")
     if args.devices < 1:
         raise PlanError(f"--devices must be at least 1, got {args.devices}")
     if args.data_parallel < 1 or args.devices % args.data_parallel:

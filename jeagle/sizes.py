@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from jeagle import heads
 from jeagle.config import BlockConfig, ConfigError, EagleConfig, LlamaConfig, RopeScaling
 from jeagle.llama4_config import Llama4Config, TemperatureTuning
 
@@ -129,7 +130,7 @@ def find_config(source: str | Path) -> LlamaConfig | EagleConfig:
     path = path.parent if path.name == "config.json" else path
     if not (path / "config.json").is_file():
         raise ConfigError(
-            f"{source} is neither a directory with a config.json nor a name; named are {', '.join(SIZES)}"
+            f"{source} is neither a directory with a config.json nor a shape's name; named are {', '.join(SIZES)}"
         )
     from jeagle.checkpoint import is_checkpoint, load_config
 
@@ -154,8 +155,12 @@ def draft_of(source: str, target: LlamaConfig) -> tuple[EagleConfig, str]:
     """
     if source in DRAFTS:
         return head_for(target, source)
+    source = str(heads.find(source) or source)
     if not (Path(source).expanduser() / "config.json").is_file():
-        raise ConfigError(f"draft {source!r} is neither {', '.join(DRAFTS)} or off, nor a converted head's directory")
+        raise ConfigError(
+            f"draft {source!r} is neither {', '.join(DRAFTS)} or off, nor a converted head's directory, nor one of "
+            f"jeagle's own heads ({', '.join(heads.names())})"
+        )
     head = find_config(source)
     if not isinstance(head, EagleConfig):
         raise ConfigError(f"{source} holds a target model, not an EAGLE head; give it as the model")

@@ -132,6 +132,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_outputs(args.out, args.picture)
     here = environment()
     dtype = jnp.dtype(args.dtype)
+    args.nodes = sorted({1, *args.nodes})  # everything is told in plain steps
     if args.model:
         target = load_llama(args.model, dtype=args.dtype)
     else:

@@ -220,12 +220,16 @@ def exit_code(
     show: Callable[[dict[str, Any]], None] = lambda result: None,
     out: str | Path | None = None,
 ) -> int:
-    """Measure, show, write, and print the JSON as the last line: 0, or 1 for an error said in one sentence."""
+    """Measure, show, write, and print the JSON as the last line: 0, or 1 for an error said in one sentence, or 130 for
+    Ctrl-C."""
     try:
         result = measure()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     show(result)
     if out:
         write_result(out, result)

@@ -24,7 +24,7 @@ from jeagle.plan_command import COMPILE_ENVIRONMENT
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("recipe", help="a TOML file; see scripts/recipes")
-parser.add_argument("--shape", help="of the target, by name (llama-3.1-8b, ..); else the recipe's, a directory")
+parser.add_argument("--shape", help="of the target, by name (llama-3.1-8b, ..), where the recipe names no directory")
 parser.add_argument("--gpu", default="h100", choices=["h100", "h200"])
 parser.add_argument("--devices", type=int, default=1)
 parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")
@@ -40,7 +40,7 @@ from common import environment, write_result
 
 from jeagle.checkpoint import abstract
 from jeagle.compile_only import CannotCompile, absent_mesh
-from jeagle.config import LlamaConfig
+from jeagle.config import ConfigError, LlamaConfig
 from jeagle.devices import DEVICES, MEMORY_SHARE
 from jeagle.sizes import find_config
 from jeagle.training.packing import Rows
@@ -79,7 +79,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" + ("; --shape names one" if isinstance(error, ConfigError) else ""), file=sys.stderr)
         return 1
     usable = MEMORY_SHARE * DEVICES[args.gpu].memory_bytes
     needed = found["argument_bytes"] + found["temp_bytes"]

@@ -115,7 +115,8 @@ def main() -> int:
             trainer = run.trainer
             progress.console.print(f"{run.summary}; {trainer.mesh.size} of: {described()}")
             if trainer.step:
-                progress.console.print(f"going on after step {trainer.step}")
+                changed = "".join(f", {field} {new} (was {old})" for field, (old, new) in trainer.changed.items())
+                progress.console.print(f"going on after step {trainer.step}{changed}")
             progress.update(task, completed=trainer.step)
             begun = trainer.step
             try:
@@ -132,6 +133,9 @@ def main() -> int:
                         trainer.export(head, source={**run.source, "steps": trainer.step})
                 progress.console.print(f"the head is in {head}")
             trainer.close()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on after the last checkpoint", file=sys.stderr)
+        return 130
     except (ValueError, OSError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -89,7 +89,7 @@ def dequantized(module):
 
 
 def generate(target, head=None, *, speculative=True, **kwargs) -> list:
-    llm = LLM(target, head, tree="chain-2", prefill_chunk=8, page_size=8, **kwargs)
+    llm = LLM(target, head, tree="auto" if head is None else "chain-2", prefill_chunk=8, page_size=8, **kwargs)
     return [out.outputs[0] for out in llm.generate(PROMPTS, PARAMS, speculative=speculative, use_tqdm=False)]
 
 

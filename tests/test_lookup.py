@@ -143,7 +143,11 @@ def test_without_a_head(tmp_path) -> None:
         assert sum(a.metrics.lookup_histogram) <= a.metrics.num_rounds == sum(a.metrics.acceptance_histogram)
         assert sum(b.metrics.lookup_histogram) == 0
     assert max(a.metrics.tokens_per_call for a in outputs) > 2
-    assert LLM(markov_target(), tree="chain-3", cache_dir=tmp_path).plan == OFF
+    for tree in ("auto", "dispatch", "off"):
+        assert LLM(markov_target(), tree=tree, cache_dir=tmp_path).plan == OFF
+    for tree in ("chain-3", "chain-3+lookup", [[0], [0, 0]]):  # not plain decoding without a word
+        with pytest.raises(ValueError, match=r"needs a head: give a draft, or"):
+            LLM(markov_target(), tree=tree, cache_dir=tmp_path)
 
 
 def test_a_request_of_all_positions(tmp_path) -> None:

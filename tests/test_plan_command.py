@@ -168,13 +168,14 @@ def test_command_starts_without_jax():
         ("--devices 3", "a tensor axis of 3 devices does not divide the 40 query heads"),
         ("--data-parallel 3", "--data-parallel must divide the 8 devices, got 3"),
         ("--gpu tpu", "--gpu 'tpu' is unknown; use a100, h100, h200, b200"),
-        ("--model llama-9", "llama-9 is neither a directory with a config.json nor a name"),
+        ("--model llama-9", "llama-9 is neither a directory with a config.json nor a shape's name"),
         ("--dtype fp8,bf16", "dtype 'fp8,bf16' mixes several; a model has one"),
         ("--dtype bf16", "what fits: weights in fp8"),
         ("--kv-cache-dtype int4", "dtype 'int4' is unknown"),
         ("--draft eagle9", "draft 'eagle9' is neither eagle1, eagle3, meta or off"),
         ("--tree oak", "tree 'oak' is unknown"),
         ("--picture plan.nothing", "cannot write plan.nothing"),
+        ("--picture no/plan.png", "no/plan.png cannot be written: no is no directory"),
     ],
 )
 def test_command_says_what_is_wrong(options, message, capsys, monkeypatch, tmp_path):

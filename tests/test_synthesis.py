@@ -245,6 +245,10 @@ def test_files_that_cannot_be_used(llm, tmp_path):
         with pytest.raises(DataError) as error:
             run(llm, tmp_path / "out", **keywords)
         assert said in str(error.value) and "\n" not in str(error.value)
+    for keywords in (dict(prompts=bad), dict(texts=bad)):
+        write_lines(bad)
+        with pytest.raises(DataError, match=r"bad.jsonl is empty; give JSON lines of"):
+            run(llm, tmp_path / "out", **keywords)
     assert not (tmp_path / "out").exists()
 
 
@@ -278,7 +282,8 @@ def test_settings_that_make_no_sense(changed, said):
         Settings(**(SMALL | changed))
 
 
-def test_script(checkpoints, tmp_path, capsys):
+def test_script(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # as where it is run
     spec = importlib.util.spec_from_file_location("synthesize", ROOT / "scripts" / "synthesize.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -179,16 +179,19 @@ def test_a_run_directory_belongs_to_one_recipe(tmp_path):
 def test_a_run_goes_on_with_another_learning_rate_and_clip(tmp_path, method):
     """As the sentence about a diverged run says; both count from the next step on."""
     trainer(tmp_path, recipe(method=method)).train(until=2)
+    said: list[dict[str, float]] = []
 
     def moved(**changes) -> float:
         t = trainer(tmp_path, recipe(method=method, **changes))
         assert t.step == 2
+        said.append({field: now for field, (_, now) in t.changed.items()})
         before = [np.array(x) for x in jax.tree.leaves(t.state.params)]
         state, _ = t._step(t.state, t.loader[2])
         return max(np.abs(a - b).max() for a, b in zip(before, jax.tree.leaves(state.params), strict=True))
 
     assert moved(learning_rate=1e-5) < 1e-2 * moved()
     assert moved(clip=1e-12) < 0.9 * moved()
+    assert said[0] == {"optimizer.learning_rate": 1e-5} and [*said[2]] == ["optimizer.clip"]
 
 
 def test_micro_batches_and_remat_change_nothing(tmp_path):

@@ -28,7 +28,7 @@ def read_texts(path: Path) -> list[str]:
             raise DataError(f'{path}, line {number} is not {{"text": "..."}}; remove the line or mend it')
         _check_unicode(text, path, number)
         texts.append(text)
-    return texts
+    return _some(texts, path, '{"text": ...}')
 
 
 def read_conversations(path: Path) -> list[list[Message]]:
@@ -49,7 +49,13 @@ def read_conversations(path: Path) -> list[list[Message]]:
         assert isinstance(said, list)
         _check_unicode(said, path, number)
         conversations.append(said)
-    return conversations
+    return _some(conversations, path, '{"messages": ...} or {"turns": ...}')
+
+
+def _some[T](found: list[T], path: Path, lines: str) -> list[T]:
+    if not found:
+        raise DataError(f"{path} is empty; give JSON lines of {lines}")
+    return found
 
 
 def around_user_turn(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -85,6 +85,7 @@ class Trainer:
     ):
         run = recipe.run
         self.recipe, self.directory = recipe, Path(directory).absolute()
+        self.changed: dict[str, tuple[Any, Any]] = {}  # of RESUMABLE since the run was last begun: before, and now
         self.head_config = head.config
         self.on_report = on_report
         self.mesh = data_mesh(devices)
@@ -211,10 +212,11 @@ class Trainer:
             old, new = json.loads(path.read_text()), json.loads(text)
             # A run of an older version lacks the fields that came later; it was made with what they are by default.
             old["recipe"] = json.loads(json.dumps(Recipe.from_table(old["recipe"], str(path)).to_json()))
-            for run in (old, new):
-                for section, names in RESUMABLE.items():
-                    for name in names:
-                        run["recipe"][section].pop(name, None)
+            for section, names in RESUMABLE.items():
+                for name in names:
+                    then, now = (run["recipe"][section].pop(name, None) for run in (old, new))
+                    if then != now:
+                        self.changed[f"{section}.{name}"] = then, now
             difference = _difference(old, new)
             if difference:
                 changed = {"draft_vocabulary": self.recipe.head.start, "target": self.recipe.target}.get(difference)
