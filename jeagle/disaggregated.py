@@ -35,7 +35,7 @@ class Prefill:
     """The prompts of one course, in the order in which they will be seated, a group at each worker ahead of need.
 
     Args:
-      program: of which the largest plan will be; without drafts the head's caches are left out.
+      program: the course's; its plan drafts if any does that the course may change to. Else there is no head's cache.
       capacity: cache positions of a row. chunk: prompt positions of one forward. rows: how many prompts are a group.
     """
 
