@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.eagle_config import Shapes, read_config
+from convert.fields import listing
 from convert.table import ConversionError, Description, Rule, Source, block_rules, norm, plain, transposed
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.llama4_config import Llama4EagleConfig
@@ -39,7 +40,7 @@ def is_eagle(config: dict[str, Any], names: Mapping[str, tuple[int, ...]]) -> bo
     """Whether a source is an EAGLE head: its config says so, or it has tensors that only heads have."""
     if "speculators_model_type" in config or config.get("eagle_config"):
         return True
-    if any("eagle" in str(name).lower() for name in config.get("architectures") or ()):
+    if any("eagle" in name.lower() for name in listing(config, "architectures", str)):
         return True
     marks = {"fc.weight", "d2t", "layers.0.hidden_norm.weight"}
     return any(_canonical(name) in marks for name in names)

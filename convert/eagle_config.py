@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from convert.fields import flag, integer, number
+from convert.fields import flag, integer, listing, number
 from convert.llama4 import DEFAULT_THETA as LLAMA4_THETA
 from convert.llama4 import irope_fields, is_llama4
-from convert.rope import parse_rope
+from convert.rope import DEFAULT_THETA, parse_rope
 from convert.table import ConversionError
 from jeagle.config import ConfigError, EagleConfig, LlamaConfig, default_taps
 from jeagle.llama4_config import Llama4EagleConfig
@@ -45,12 +45,12 @@ def read_config(
     head_dim = integer(body, "head_dim", width // heads)
     layers = integer(body, "num_hidden_layers")
     found = sorted({name.split(".")[1] for name in shapes if name.startswith("layers.")})
-    if found != sorted(map(str, range(layers))):
+    if len(found) != layers or found != sorted(map(str, range(layers))):  # counted first: the config may say billions
         raise ConversionError(f"config.json has num_hidden_layers {layers}, but the tensors have layers {found}")
     attention = _fuses_in_attention(shapes, width)
     # EAGLE-3 heads for Llama 4 have Llama's blocks, whatever they call themselves.
     llama4 = not attention and is_llama4(body)
-    theta, scaling = parse_rope({"rope_theta": LLAMA4_THETA} | body if llama4 else body)
+    theta, scaling = parse_rope(body, LLAMA4_THETA if llama4 else DEFAULT_THETA)
     target_width = integer(config, "target_hidden_size", width)
     target_layers = _target_layers(config, target)
     notes = [f"EAGLE head: {form}; {layers} layer{'s' * (layers > 1)} of width {width}"]
@@ -135,7 +135,7 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     activation = body.get("hidden_act") or "silu"
     if activation != "silu":
         raise ConversionError(f"config.json has hidden_act {activation!r}; only silu heads convert")
-    if any(kind != "full_attention" for kind in body.get("layer_types") or ()):
+    if set(listing(body, "layer_types", str)) - {"full_attention"}:
         raise ConversionError(f"config.json has layer_types {body['layer_types']}; only full_attention heads convert")
 
 
@@ -198,12 +198,7 @@ def _taps(
 
 
 def _ids(data: Mapping[str, Any], label: str) -> tuple[int, ...] | None:
-    ids = data.get(TAP_IDS)
-    if not ids:  # absent, null, or the empty list of a template
-        return None
-    if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise ConversionError(f"config.json: {label} must be a list of block numbers, got {ids!r}")
-    return tuple(ids)
+    return tuple(listing(data, TAP_IDS, int, label)) or None  # absent, null, or the empty list of a template
 
 
 def _check_fc(shapes: Shapes, width: int, target_width: int, taps: tuple[int, ...]) -> None:

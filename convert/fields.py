@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from convert.table import ConversionError
 
-__all__ = ["flag", "integer", "number", "read_json"]
+__all__ = ["flag", "integer", "listing", "number", "read_json", "real"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,22 +30,44 @@ def read_json(path: Path) -> dict[str, Any]:
 def integer(data: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A positive integer; null and absence mean ``default``, without one they are refused."""
     value = default if data.get(name) is None else data[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = "is missing" if value is None else f"is {value!r}"
-        raise ConversionError(f"config.json: {name} must be a positive integer but {said}; set it")
+    # JSON holds integers of any size: beyond 64 bits they are no one's, and no float holds them.
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 63:
+        raise ConversionError(f"config.json: {name} must be a positive integer but {_said(value)}; set it")
     return value
 
 
 def number(data: Mapping[str, Any], name: str) -> float:
-    value = data.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        said = "is missing" if value is None else f"is {value!r}"
-        raise ConversionError(f"config.json: {name} must be a number but {said}; set it")
-    return float(value)
+    return real(data.get(name), name)
+
+
+def real(value: Any, name: str) -> float:
+    """``value`` as a float, if it is a finite number that one holds; ``name`` is what it is called in config.json."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(value):
+                return float(value)
+    raise ConversionError(f"config.json: {name} must be a number but {_said(value)}; set it")
 
 
 def flag(data: Mapping[str, Any], name: str, default: bool = False) -> bool:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, bool):
-        raise ConversionError(f"config.json: {name} must be true or false but is {value!r}; set it")
+        raise ConversionError(f"config.json: {name} must be true or false but {_said(value)}; set it")
     return value
+
+
+def listing(data: Mapping[str, Any], name: str, kind: type, label: str | None = None) -> list[Any]:
+    """A list of ``kind``, int or str; null and absence are the empty one. label: where it is, if not at the top."""
+    value = [] if data.get(name) is None else data[name]
+    if not isinstance(value, list) or any(not isinstance(x, kind) or isinstance(x, bool) for x in value):
+        what = {int: "integers", str: "strings"}[kind]
+        raise ConversionError(f"config.json: {label or name} must be a list of {what} but {_said(value)}; set it")
+    return value
+
+
+def _said(value: Any) -> str:
+    """What is wrong with a field, in a sentence: a long value is cut."""
+    if value is None:
+        return "is missing"
+    text = repr(value)
+    return f"is {text}" if len(text) <= 100 else f"is {text[:100]}..."

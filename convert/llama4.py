@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.fields import flag, integer, number
+from convert.fields import flag, integer, listing, number
 from convert.fp8 import refuse_quantised
 from convert.llama import eos_token_ids
 from convert.rope import parse_rope
@@ -60,7 +60,7 @@ def read_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | No
     _refuse_unsupported(config)
     _refuse_unsupported(text)
     width, heads, layers = (integer(text, f) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    theta, scaling = parse_rope({"rope_theta": DEFAULT_THETA} | dict(text))
+    theta, scaling = parse_rope(text, DEFAULT_THETA)
     bos = text.get("bos_token_id", config.get("bos_token_id"))
     if bos is not None and (not isinstance(bos, int) or isinstance(bos, bool)):
         raise ConversionError(f"config.json: bos_token_id must be a token id or null but is {bos!r}; set it")
@@ -100,9 +100,9 @@ def irope_fields(text: Mapping[str, Any], layers: int) -> dict[str, Any]:
     nope = _nope_layers(text, layers)
     chunked = text.get("attention_chunk_size", ...) is not None  # null means no chunks, absence HF's default
     chunk = integer(text, "attention_chunk_size", 8192) if chunked else None
-    types = text.get("layer_types")
+    types = listing(text, "layer_types", str)
     wanted = ["full_attention" if i in nope else "chunked_attention" for i in range(layers)]
-    if types is not None and list(types) != wanted:
+    if text.get("layer_types") is not None and types != wanted:
         raise ConversionError(
             "config.json: layer_types must be chunked_attention where no_rope_layers is 1 and full_attention where it "
             "is 0; other mixtures do not convert"
@@ -125,11 +125,10 @@ def irope_fields(text: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _moe_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    listed = text.get("moe_layers")
-    if listed is None:
+    if text.get("moe_layers") is None:
         step = integer(text, "interleave_moe_layer_step", 1)
         return tuple(range(step - 1, layers, step))
-    return tuple(sorted(set(_integers(text, "moe_layers"))))
+    return tuple(sorted(set(listing(text, "moe_layers", int))))
 
 
 def _nope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
@@ -137,17 +136,10 @@ def _nope_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if not text.get("no_rope_layers"):
         interval = integer(text, "no_rope_layer_interval", 4)
         return tuple(range(interval - 1, layers, interval))
-    rotary = _integers(text, "no_rope_layers")
+    rotary = listing(text, "no_rope_layers", int)
     if len(rotary) < layers or set(rotary) - {0, 1}:
         raise ConversionError(f"config.json: no_rope_layers must be {layers} numbers, 0 or 1, but is {rotary}; set it")
     return tuple(i for i in range(layers) if not rotary[i])
-
-
-def _integers(text: Mapping[str, Any], name: str) -> list[int]:
-    value = text[name]
-    if not isinstance(value, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in value):
-        raise ConversionError(f"config.json: {name} must be a list of integers but is {value!r}; set it")
-    return value
 
 
 def _rules(config: Llama4Config, prefix: str, names: Mapping[str, tuple[int, ...]]) -> Iterator[Rule]:

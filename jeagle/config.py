@@ -43,6 +43,9 @@ class RopeScaling:
                 f"rope_scaling high_freq_factor ({self.high_freq_factor}) must be at least low_freq_factor "
                 f"({self.low_freq_factor}), which must be positive"
             )
+        length = self.original_max_position
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 1 << 63:
+            raise ConfigError(f"rope_scaling original_max_position must be a positive whole number, got {length!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,10 @@ def _flip_bit(path: Path) -> None:
         (_edit("config.json", surprise=1), "surprise"),
         (_edit("config.json", num_heads=3), "multiple of num_kv_heads"),
         (_edit("config.json", rope_scaling={"kind": "linear"}), "damaged"),
+        (
+            _edit("config.json", rope_scaling={"kind": "llama3", "factor": 8.0, "original_max_position": 0}),
+            "whole number",
+        ),
         (_edit("config.json", num_layers=1), "blocks.1.attn_norm.scale"),
         (_edit("config.json", num_layers=3), "lacks tensor blocks.2.attn_norm.scale"),
         (_edit("config.json", vocab_size=98), "embed of shape (97, 32), its config.json says (98, 32)"),

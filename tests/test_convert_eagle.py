@@ -133,7 +133,11 @@ NESTED = {"use_aux_hidden_state": True}
         ("speculators", {IDS: [2, 4, 5, 7]}, r"fc\.weight has shape \(32, 96\).*4 taps.*training-only"),
         ("eagle3", {IDS: [2, 4, 9]}, "must lie in the target's 8 blocks"),
         ("eagle3", {IDS: [-1, 4, 5]}, "must lie in"),
-        ("eagle3", {IDS: "2,4,5"}, "list of block numbers"),
+        ("eagle3", {IDS: "2,4,5"}, "list of integers"),
+        ("eagle3", {"eagle_config": {IDS: [True]}}, rf"eagle_config\.{IDS} must be a list of integers"),
+        ("eagle1", {"layer_types": 5}, "layer_types must be a list of strings but is 5"),
+        ("eagle1", {"hidden_size": 10**400}, "hidden_size must be a positive integer"),
+        ("eagle1", {"rms_norm_eps": 10**400}, r"rms_norm_eps must be a number but is 10+\.\.\.; set it"),
         ("eagle3_wider_target", {"target_hidden_size": 40}, "target_hidden_size 40"),
         ("eagle3", {"vocab_size": VOCAB + 1}, f"vocab_size {VOCAB + 1}, the target has {VOCAB}"),
         ("eagle3", {"draft_vocab_size": VOCAB + 1}, "draft_vocab_size"),
@@ -284,6 +288,18 @@ def test_the_drafts_own_rope_is_kept():
     assert read("eagle1", rope_scaling={"rope_type": "llama3", **llama3}).config.rope_scaling == expected
     assert parse_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}) == (3.0, None)
     assert parse_rope({}) == (10000.0, None)
+    assert parse_rope({"rope_theta": None}, 5e5) == (5e5, None)
+    # Two that differ, as transformers 5 reads them.
+    inside = {"rope_type": "llama3", "rope_theta": 5e5, **llama3}
+    assert parse_rope({"rope_scaling": inside, "rope_theta": 1e4}, 3.0) == (5e5, expected)
+    default = {"rope_type": "default", "rope_theta": 7e4}
+    assert parse_rope({"rope_scaling": inside, "rope_parameters": default}) == (5e5, expected)
+    assert parse_rope({"rope_scaling": default, "rope_parameters": inside}) == (7e4, None)
+    theirs = {"rope_scaling": {"rope_type": "llama3", **llama3}, "rope_parameters": default, "rope_theta": 1e4}
+    assert parse_rope(theirs) == (7e4, expected)
+    for length in (0, -1, 1e308, 8192.5):
+        with pytest.raises(ConversionError, match="original_max_position_embeddings must be a positive integer"):
+            parse_rope({"rope_scaling": {**inside, "original_max_position_embeddings": length}})
 
 
 def test_weights_land_where_the_layout_says():

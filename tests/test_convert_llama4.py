@@ -221,6 +221,9 @@ def test_published_configs():
     assert scout.attention_chunk == 8192 and scout.eos_token_ids == (200001, 200007, 200008)
     bare = read_config({k: v for k, v in TEXT.items() if k != "rope_theta"} | {"attention_chunk_size": None})
     assert bare.rope_theta == 500000.0 and bare.attention_chunk is None
+    assert read_config(TEXT | {"rope_theta": None}).rope_theta == 500000.0
+    inside = {k: v for k, v in TEXT.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 1e6}}
+    assert read_config(inside).rope_theta == 1e6
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,8 @@ def test_published_configs():
     [
         ({"hidden_act": "gelu"}, "only silu"),
         ({"layer_types": ["full_attention", "full_attention"]}, "layer_types must be"),
+        ({"layer_types": 5}, "layer_types must be a list of strings"),
+        ({"attn_scale": 10**400}, "attn_scale must be a number"),
         ({"no_rope_layers": [1]}, "no_rope_layers must be 2 numbers"),
         ({"no_rope_layers": [1, "x"]}, "no_rope_layers must be a list of integers"),
         ({"moe_layers": [5]}, "moe_layers must list blocks"),
