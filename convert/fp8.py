@@ -1,8 +1,9 @@
 """FP8 weights as bfloat16 ones, or as they are: a ``Source`` around a source, so that no table knows of scales.
 
 A weight ``X.weight`` of dtype float8_e4m3fn is to be multiplied by ``X.weight_scale``: one number, or one per output
-row (compressed-tensors' float-quantized format, fbgemm_fp8). What activations were scaled by is not used here. A
-checkpoint of ours in FP8 takes numbers and scales over bit by bit, where all that a tensor of ours is made from is FP8.
+row (compressed-tensors' float-quantized format, fbgemm_fp8). What activations and an FP8 KV cache were scaled by is not
+used: both are floats here. A checkpoint of ours in FP8 takes numbers and scales over bit by bit, where all that a
+tensor of ours is made from is FP8.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ __all__ = ["FP8", "Dequantized", "refuse_quantised"]
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 METHODS = ("compressed-tensors", "fbgemm_fp8")
-ACTIVATIONS = (".input_scale", ".input_scale_ub")
+FORMATS = (None, "float-quantized", "naive-quantized")  # of compressed-tensors, those that hold FP8 numbers
+ACTIVATIONS = (".input_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale")
+LARGEST = float(ml_dtypes.finfo(FP8).max)
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
     """Raises ConversionError where config.json says that weights are stored in a way that is not read here."""
     quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    mapping = quantization if isinstance(quantization, Mapping) else {"quant_method": quantization}
+    method, form = mapping.get("quant_method"), mapping.get("format")
     if quantization and method not in METHODS:
         raise ConversionError(
             f"config.json has a quantization_config of method {method!r}; of quantised models only FP8 ones of "
             f"{' and '.join(METHODS)} convert, convert the unquantised model instead"
+        )
+    if form not in FORMATS:
+        raise ConversionError(
+            f"config.json has a quantization_config of format {form!r}; of quantised models only FP8 ones "
+            "(float-quantized) convert, convert the unquantised model instead"
         )
 
 
@@ -55,6 +64,10 @@ class Dequantized:
                     f"tensor {scale} has shape {source.shape(scale)}; only one scale per weight or per output row of "
                     f"{name} converts"
                 )
+            if source.dtype(scale).name not in ("float32", "float16", "bfloat16"):
+                raise ConversionError(
+                    f"tensor {scale} has dtype {source.dtype(scale)}, expected floats; fetch it again"
+                )
             self._scale[name] = scale
         hidden = {*self._scale.values(), *(n for n in names if n.endswith(ACTIVATIONS))}
         self._names = [n for n in names if n not in hidden]
@@ -77,7 +90,8 @@ class Dequantized:
         product = np.empty(weight.shape, BFLOAT16)
         for row in range(0, len(weight), 256):
             part = slice(row, row + 256)
-            product[part] = weight[part].astype(np.float32) * (scale if len(scale) == 1 else scale[part])
+            with np.errstate(invalid="ignore"):  # a signalling NaN: what is not finite is refused where it is used
+                product[part] = weight[part].astype(np.float32) * (scale if len(scale) == 1 else scale[part])
         return product
 
     def keep(self, rules: Iterable[Rule], wanted: Container[str]) -> set[str]:
@@ -96,4 +110,13 @@ class Dequantized:
         return np.ascontiguousarray(made[tuple(0 if i in contracted else slice(None) for i in range(made.ndim))])
 
     def _scales(self, name: str) -> np.ndarray:
-        return self._source.read(self._scale[name]).astype(np.float32).reshape(-1)
+        """Of FP8 numbers that are kept no one looks at the products, so here the largest of them must be finite."""
+        scales = self._source.read(self._scale[name]).astype(np.float32).reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(scales * np.float32(LARGEST)).all()
+        if not finite:
+            raise ConversionError(
+                f"tensor {self._scale[name]} holds NaN, inf or a scale too large for a product with FP8 numbers; the "
+                "checkpoint is damaged, fetch it again"
+            )
+        return scales
