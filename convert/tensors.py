@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,36 +86,49 @@ def _read_header(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise ConversionError(f"{damaged} (its header cannot be {length} bytes); fetch it again")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_distinct)
     except OSError as error:
         raise ConversionError(f"cannot read {path} ({error.strerror}); fetch it again") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConversionError):
             raise
-        raise ConversionError(f"{damaged} (its header is not JSON); fetch it again") from error
+        reason = "is not JSON" if isinstance(error, RecursionError | UnicodeError | json.JSONDecodeError) else error
+        raise ConversionError(f"{damaged} (its header {reason}); fetch it again") from error
     if not isinstance(header, dict):
         raise ConversionError(f"{damaged} (its header is not a JSON object); fetch it again")
     header.pop("__metadata__", None)
-    tensors, data = {}, 8 + length
+    tensors, spans, data = {}, [], 8 + length
     for name, entry in header.items():
         try:
             kind, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            sane = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+            sane = isinstance(kind, str) and all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError) as error:
             raise ConversionError(f"{damaged} (its header's entry for {name}); fetch it again") from error
-        if kind not in DTYPES:
+        if sane and kind not in DTYPES:
             raise ConversionError(
                 f"tensor {name} in {path} is stored as {kind}, which does not convert; use a checkpoint of "
                 "float32, float16 or bfloat16 weights"
             )
-        dtype = np.dtype(DTYPES[kind])
-        if not sane or end - begin != math.prod(shape) * dtype.itemsize:
+        if not sane or end - begin != math.prod(shape) * (dtype := np.dtype(DTYPES[kind])).itemsize:
             raise ConversionError(f"{damaged} (its header's entry for {name}); fetch it again")
         if data + end > size:
             raise ConversionError(f"{path} is truncated ({size} bytes of at least {data + end}); fetch it again")
         tensors[name] = (dtype, shape, data + begin)
+        spans += [(begin, end, name)] if begin < end else []
+    for (_, before, first), (begin, _, second) in pairwise(sorted(spans)):
+        if begin < before:
+            raise ConversionError(f"{damaged} (its header puts {first} and {second} in one place); fetch it again")
     return tensors
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ: json keeps the last of those that do not."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"names {twice} twice")
+    return made
 
 
 class TorchSource:
@@ -137,12 +152,22 @@ class TorchSource:
             except Exception as error:  # pickle, zip and torch errors of many kinds; all mean an unusable file
                 kind = type(error).__name__
                 raise ConversionError(f"torch cannot load {path} as plain weights ({kind}); fetch it again") from error
-            if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+            if not isinstance(state, dict) or not all(
+                isinstance(n, str) and isinstance(x, torch.Tensor) for n, x in state.items()
+            ):
                 raise ConversionError(f"{path} does not hold a dictionary of tensors; use the model's state_dict")
             self._tensors |= {n: t for n, t in state.items() if (weight_map or {}).get(n, path) == path}
         for name, tensor in self._tensors.items():
-            if str(tensor.dtype).removeprefix("torch.") not in (*(np.dtype(d).name for d in DTYPES.values()),):
-                raise ConversionError(f"tensor {name} is stored as {tensor.dtype}, which does not convert")
+            kind = str(tensor.dtype).removeprefix("torch.")
+            dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not dense or kind not in (*(np.dtype(d).name for d in DTYPES.values()),):
+                how = (
+                    tensor.dtype if dense else f"{tensor.layout} on {tensor.device}"
+                )  # sparse ones, and meta's of none
+                raise ConversionError(
+                    f"tensor {name} is stored as {how}, which does not convert; use a checkpoint of float32, float16 "
+                    "or bfloat16 weights"
+                )
         _check_index(weight_map, self._tensors)
 
     def names(self) -> Iterable[str]:
@@ -152,13 +177,11 @@ class TorchSource:
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> np.dtype:
-        kind = str(self._tensors[name].dtype).removeprefix("torch.")
-        return np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+        return np.dtype(str(self._tensors[name].dtype).removeprefix("torch."))  # ml_dtypes has named its own to numpy
 
     def read(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._tensors[name].detach().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        # As integers of the size, since torch gives numpy neither bfloat16 nor FP8.
+        dtype, tensor = self.dtype(name), self._tensors[name].detach().resolve_neg().contiguous()
+        return tensor.view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy().view(dtype)
