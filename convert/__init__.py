@@ -73,9 +73,10 @@ def convert(
 
     elements = sum(prod(shape) for rule in description.rules for shape in rule.source_shapes)
     itemsize = {"float32": 4, "bfloat16": 2, "fp8": 1}[stored]
+    # Before the module of a config that the tensors belie is made, and the disk asked for room for it.
+    tensors = fill(description.rules, opened.tensors, ignore=description.ignore)
     weights = variables(abstract(description.config, stored))
     scales = _keep_scales(opened.tensors, description.rules, weights)
-    tensors = fill(description.rules, opened.tensors, ignore=description.ignore)
     with (
         _Hashes(opened.files) as hashes,
         CheckpointWriter(destination, expected_bytes=elements * itemsize) as writer,

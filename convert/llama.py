@@ -13,7 +13,7 @@ from typing import Any
 from convert.fields import flag, integer, number
 from convert.fp8 import refuse_quantised
 from convert.rope import parse_rope
-from convert.table import ConversionError, Description, Rule, block_rules, norm, plain, transposed
+from convert.table import ConversionError, Description, Rule, block_rules, check_depth, norm, plain, transposed
 from jeagle.config import ConfigError, LlamaConfig
 
 __all__ = ["describe", "eos_token_ids", "read_config"]
@@ -27,15 +27,23 @@ def describe(
     """Our config and one rule per tensor.
 
     Args:
-      config: config.json. names: the source's tensors with their shapes.
+      config: config.json. names: the source's tensors with their shapes; {}: as HF would name them.
       generation: generation_config.json, where instruct models list the end tokens that config.json lacks.
     """
     llama = read_config(config, generation=generation)
+    # Of the bare model, as HF saves and loads it too, the names lack "model.".
+    prefix = "" if any(name.startswith("layers.") for name in names) else "model."
+    if names:
+        check_depth(names, f"{prefix}layers.", llama.num_layers)
     # HF leaves a stored lm_head unread when the embeddings are tied, and old files carry rotary tables.
     ignore = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    embedding = f"{prefix}embed_tokens.weight"
     if llama.tie_embeddings:
-        ignore.add("lm_head.weight")
-    return Description(llama, list(_rules(llama)), frozenset(ignore), (_summary(llama),))
+        if embedding in names or "lm_head.weight" not in names:
+            ignore.add("lm_head.weight")
+        else:  # and where it is all that is stored, HF takes it for both
+            embedding = "lm_head.weight"
+    return Description(llama, list(_rules(llama, prefix, embedding)), frozenset(ignore), (_summary(llama),))
 
 
 def read_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | None = None) -> LlamaConfig:
@@ -69,12 +77,12 @@ def read_config(config: Mapping[str, Any], *, generation: Mapping[str, Any] | No
         raise ConversionError(f"config.json: {error}") from error
 
 
-def _rules(config: LlamaConfig) -> Iterator[Rule]:
+def _rules(config: LlamaConfig, prefix: str, embedding: str) -> Iterator[Rule]:
     D, V = config.width, config.vocab_size
-    yield plain("embed", "model.embed_tokens.weight", V, D)
+    yield plain("embed", embedding, V, D)
     for i in range(config.num_layers):
-        yield from block_rules(config, f"blocks.{i}", f"model.layers.{i}")
-    yield norm("norm", "model.norm", D)
+        yield from block_rules(config, f"blocks.{i}", f"{prefix}layers.{i}")
+    yield norm("norm", f"{prefix}norm", D)
     if not config.tie_embeddings:
         yield transposed("lm_head", "lm_head.weight", D, V)
 

@@ -18,7 +18,7 @@ from convert.fields import flag, integer, listing, number
 from convert.fp8 import refuse_quantised
 from convert.llama import eos_token_ids
 from convert.rope import parse_rope
-from convert.table import ConversionError, Description, Rule, block_rules, norm, plain, transposed
+from convert.table import ConversionError, Description, Rule, block_rules, check_depth, norm, plain, transposed
 from jeagle.config import ConfigError
 from jeagle.llama4_config import Llama4Config, TemperatureTuning
 
@@ -44,6 +44,7 @@ def describe(
     llama4 = read_config(config, generation=generation)
     embedding = "model.embed_tokens.weight"
     prefix = next((name.removesuffix(embedding) for name in names if name.endswith(embedding)), "")
+    check_depth(names, f"{prefix}model.layers.", llama4.num_layers)
     vision = {name for name in names if name.removeprefix("model.").startswith(VISION)}
     notes = [_summary(llama4)]
     if vision:

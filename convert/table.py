@@ -22,6 +22,7 @@ __all__ = [
     "Source",
     "TypedSource",
     "block_rules",
+    "check_depth",
     "fill",
     "norm",
     "plain",
@@ -184,8 +185,18 @@ def block_rules(
         yield plain(f"{target}.down.bias", f"{mlp}.down_proj.bias", D)
 
 
+def check_depth(names: Iterable[str], prefix: str, layers: int) -> None:
+    """Raises ConversionError where the tensors have fewer layers than the config, before a table of all is made."""
+    if not any(name.startswith(f"{prefix}{layers - 1}.") for name in names):
+        found = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+        raise ConversionError(
+            f"config.json has num_hidden_layers {layers}, but the tensors have {len(found)} layers; correct it, or "
+            "fetch the other tensors"
+        )
+
+
 def fill(rules: list[Rule], source: Source, *, ignore: Iterable[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (our path, array) rule by rule; nothing is read before names and shapes of the whole table agree.
+    """(our path, array) rule by rule. Names and shapes of the whole table are compared at once, before any is read.
 
     ``ignore`` names source tensors that may be left unused (rotary tables, t2d).
     Raises ConversionError listing missing, unused or misshaped tensors, and NaN or inf by tensor name.
@@ -201,6 +212,10 @@ def fill(rules: list[Rule], source: Source, *, ignore: Iterable[str] = ()) -> It
         for name, shape in zip(rule.sources, rule.source_shapes, strict=True):
             if tuple(source.shape(name)) != shape:
                 raise ConversionError(f"tensor {name} has shape {tuple(source.shape(name))}, the config says {shape}")
+    return _made(rules, source)
+
+
+def _made(rules: list[Rule], source: Source) -> Iterator[tuple[str, np.ndarray]]:
     for rule in rules:
         arrays = [source.read(name) for name in rule.sources]
         for name, array in zip(rule.sources, arrays, strict=True):
@@ -227,7 +242,8 @@ def unfill(rules: list[Rule], tensors: Mapping[str, np.ndarray]) -> Iterator[tup
     missing, unused = sorted(targets - set(tensors)), sorted(set(tensors) - targets)
     if missing or unused:
         raise ConversionError(
-            f"the head's tensors do not match its config: missing {_some(missing)}; not used {_some(unused)}"
+            f"the model's tensors do not match its config: missing {_some(missing)}; not used {_some(unused)}; convert "
+            "it again"
         )
     for rule in rules:
         array = tensors[rule.target]
@@ -238,7 +254,7 @@ def unfill(rules: list[Rule], tensors: Mapping[str, np.ndarray]) -> Iterator[tup
             rule.make(*parts)  # says what is wrong with them
         for name, shape, part in zip(rule.sources, rule.source_shapes, parts, strict=True):
             if part.shape != shape:
-                raise ConversionError(f"tensor {name} would have shape {part.shape}, the head's config says {shape}")
+                raise ConversionError(f"tensor {name} would have shape {part.shape}, the model's config says {shape}")
             yield name, part
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -84,6 +85,50 @@ def test_fp8_checkpoints(tmp_path, method):
     kept = arrays(load(convert.convert(source, tmp_path / "fp8", dtype="fp8"), "bfloat16"))
     for name in (n for n in wide if n.endswith(".kernel")):
         np.testing.assert_array_equal(kept[name], wide[name])
+
+
+def fp8_source(directory: Path, *, scale: Any = (np.float32(0.5),), extra=None, **quantization) -> Path:
+    tensors = {**make_tensors(dtype=ml_dtypes.bfloat16), **(extra or {})}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        tensors |= {name: tensors[name].astype(ml_dtypes.float8_e4m3fn), f"{name}_scale": np.asarray(scale)}
+    return make_hf(directory, tensors, quantization_config={"quant_method": "compressed-tensors", **quantization})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8", "float32"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scale": np.float32([np.nan])}, "q_proj.weight_scale holds NaN, inf"),
+        ({"scale": np.float32([np.inf])}, "q_proj.weight_scale holds NaN, inf"),
+        ({"scale": np.float32([3e38])}, "a scale too large"),
+        ({"scale": np.int32([1])}, "proj.weight_scale has dtype int32, expected floats"),
+        ({"format": "int-quantized"}, "format 'int-quantized'; of quantised models only FP8"),
+    ],
+)
+def test_bad_fp8_checkpoints(tmp_path, changes, said, dtype):
+    source = fp8_source(tmp_path / "hf", **changes)
+    with pytest.raises(ConversionError, match=said):
+        convert.convert(source, tmp_path / "ours", dtype=dtype)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_scales_of_an_fp8_cache_are_unused(tmp_path):
+    scales = ("self_attn.k_scale", "self_attn.v_scale", "self_attn.k_proj.k_scale", "self_attn.v_proj.output_scale")
+    extra = {f"model.layers.{i}.{name}": np.ones(1, np.float32) for i in range(2) for name in scales}
+    convert.convert(fp8_source(tmp_path / "hf", extra=extra, format="float-quantized"), tmp_path / "ours")
+
+
+def test_names_of_the_bare_model(tmp_path):
+    """HF loads them into LlamaForCausalLM as well."""
+    tensors = make_tensors()
+    source = make_hf(tmp_path / "hf", {name.removeprefix("model."): x for name, x in tensors.items()})
+    check(convert.convert(source, tmp_path / "ours"), tensors)
+
+
+def test_tied_embeddings_stored_as_the_lm_head_alone(tmp_path):
+    tensors = make_tensors(tied=True)
+    stored = {n.replace("model.embed_tokens", "lm_head"): x for n, x in tensors.items()}
+    check(convert.convert(make_hf(tmp_path / "hf", stored, tie_word_embeddings=True), tmp_path / "ours"), tensors)
 
 
 def test_unused_leftovers_of_hf_are_ignored(tmp_path):
@@ -179,6 +224,24 @@ def _truncate(source: Path) -> None:
     os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 10)
 
 
+def _reheader(edit):
+    """The header's text, edited, and the same data."""
+
+    def apply(source: Path) -> None:
+        data = (source / "model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        text = edit(data[8:end].decode()).encode()
+        (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return apply
+
+
+def _overlap(header: str) -> str:
+    tensors = json.loads(header)
+    tensors["model.norm.weight"] = tensors["model.layers.0.input_layernorm.weight"]
+    return json.dumps(tensors)
+
+
 def _index(source: Path, **weight_map: str) -> None:
     (source / "model.safetensors").rename(source / "one.safetensors")
     names = dict.fromkeys(make_tensors(), "one.safetensors")
@@ -202,6 +265,9 @@ BAD = {
     "header text": (with_header(b"{nonsense}"), "header is not JSON"),
     "header list": (with_header(b"[1, 2, 3]"), "not a JSON object"),
     "header entry": (with_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'), "entry for a"),
+    "header dtype": (with_header(b'{"a": {"dtype": ["F32"], "shape": [], "data_offsets": [0, 4]}}'), "entry for a"),
+    "header twice": (_reheader(lambda text: text.replace("lm_head", "model.norm", 1)), "names model.norm.weight twice"),
+    "header overlap": (_reheader(_overlap), "and model.norm.weight in one place"),
     "float8": (with_header(b'{"a": {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [0, 0]}}'), "stored as F8_E4M3"),
     "no weights": (lambda s: (s / "model.safetensors").unlink(), "no model.safetensors"),
     "no config": (lambda s: (s / "config.json").unlink(), "no config.json"),
@@ -221,6 +287,9 @@ BAD = {
     "activation": (reconfig(hidden_act="gelu"), "gelu"),
     "quantised": (reconfig(quantization_config={"quant_method": "fp8"}), "quantization_config"),
     "yarn": (reconfig(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    # Before the disk is asked for room for it, or a module of so many layers made.
+    "vocabulary of billions": (reconfig(vocab_size=10**10), "model.embed_tokens.weight has shape (40, 16), the config"),
+    "too many layers": (reconfig(num_hidden_layers=10**9), "but the tensors have 2 layers"),
     "missing tensor": (_retensor(model__norm__weight=None), "missing ['model.norm.weight']"),
     "extra tensor": (_retensor(model__surprise=NAN), "not used ['model.surprise']"),
     "misshaped tensor": (_retensor(model__norm__weight=np.zeros(D + 1, np.float32)), "model.norm.weight has shape"),
@@ -300,5 +369,10 @@ def test_pickles_through_torch(tmp_path):
     source, tensors = make_hf(tmp_path / "hf"), make_tensors(dtype=ml_dtypes.bfloat16)
     (source / "model.safetensors").unlink()
     state = {n: torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16) for n, x in tensors.items()}
+    state["model.norm.weight"] = torch._neg_view(-state["model.norm.weight"])
     torch.save(state, source / "pytorch_model.bin")
     check(convert.convert(source, tmp_path / "ours"), tensors, ml_dtypes.bfloat16)
+    for odd in (state["lm_head.weight"].to_sparse(), state["lm_head.weight"].to("meta")):
+        torch.save({**state, "lm_head.weight": odd}, source / "pytorch_model.bin")
+        with pytest.raises(ConversionError, match=r"lm_head.weight is stored as torch\.\w+ on \w+, which does not"):
+            convert.convert(source, tmp_path / "other")
