@@ -7,7 +7,6 @@ cannot convert; then it streams one tensor at a time; at the end the finished di
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,8 @@ from convert import llama, llama4
 from convert.fp8 import FP8, Dequantized
 from convert.source import OpenSource, open_config, open_source
 from convert.table import ConversionError, Description, Rule, TypedSource, fill
-from jeagle.checkpoint import CheckpointError, abstract, is_checkpoint, load_config
-from jeagle.checkpoint_writer import CheckpointWriter
+from jeagle.checkpoint import abstract, is_checkpoint, load_config
+from jeagle.checkpoint_writer import CheckpointWriter, check_new
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.placement import variables
 
@@ -63,8 +62,7 @@ def convert(
     _check_choice("kind", kind, ("auto", "llama", "eagle"))
     _check_choice("taps", taps, (None, "input", "output"))
     destination = Path(destination)
-    if os.path.lexists(destination):  # the writer asks again; this spares opening, or downloading, the source
-        raise CheckpointError(f"{destination} already exists; remove it or choose another destination")
+    check_new(destination)  # the writer asks again; this spares opening, or downloading, the source
     opened = open_source(source)
     description = _describe(opened, kind, None if target is None else _read_target(target), taps)
     stored, dtype_note = _choose_dtype(dtype, opened.dtype)

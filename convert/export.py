@@ -19,9 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,12 +36,13 @@ from convert.eagle_config import TAP_IDS
 from convert.table import ConversionError, Rule, unfill
 from jeagle import heads
 from jeagle.checkpoint import load_eagle, read_source
+from jeagle.checkpoint_writer import check_new, explained, locked_sibling
 from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
 from jeagle.llama4_config import Llama4EagleConfig
 from jeagle.weights import Fp8, dtype_of
 
-__all__ = ["export", "llama_config", "main", "new_directory"]
+__all__ = ["export", "llama_config", "main", "new_path"]
 
 SPECULATORS_VERSION = "0.9.0"  # the release whose fields and names are written here
 
@@ -80,8 +78,7 @@ def export(
       ConversionError, CheckpointError: one sentence. Nothing is left behind.
     """
     destination = Path(destination).absolute()
-    if os.path.lexists(destination):
-        raise ConversionError(f"{destination} already exists; remove it or choose another destination")
+    check_new(destination)
     name = "the head" if isinstance(head, EagleHead) else str(head)
     if not isinstance(head, EagleHead):
         directory = (None if Path(head).exists() else heads.find(str(head))) or Path(head)
@@ -111,7 +108,8 @@ def export(
         marked = np.zeros(config.vocab_size, bool)
         marked[tensors["draft_to_target"]] = True
         weights["t2d"] = marked
-    with new_directory(destination) as directory:
+    with new_path(destination) as directory:
+        directory.mkdir()
         (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
     return destination
@@ -273,20 +271,14 @@ def _speculators_config(config: EagleConfig, verifier: str | None, speculative_t
 
 
 @contextlib.contextmanager
-def new_directory(destination: Path) -> Iterator[Path]:
-    """A temporary sibling that gets the name at the end; any other end removes it."""
-    temporary = destination.with_name(f".{destination.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(destination)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConversionError(
-            f"cannot write {destination}: {reason}; mend that or choose another destination"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def new_path(destination: Path) -> Iterator[Path]:
+    """Where to make what gets the name ``destination`` at the end, a directory or a file; any other end removes it."""
+    with explained(destination), locked_sibling(destination) as temporary:
+        try:
+            yield temporary / destination.name
+        except SafetensorError as error:
+            raise OSError(f"{error}") from error
+        (temporary / destination.name).rename(destination)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ that the converter made of it. The GGUF file has no vocabulary: token ids go in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -24,13 +25,15 @@ from safetensors.numpy import save_file
 
 from convert import ConversionError
 from convert.__main__ import run
-from convert.export import llama_config, new_directory
+from convert.export import llama_config, new_path
 from convert.gguf_file import BLOCK_NAMES, NAMES
 from convert.llama import describe
 from convert.source import CARRIED_FILES
 from convert.table import unfill
-from jeagle.checkpoint import load_config, load_llama
-from jeagle.config import LlamaConfig
+from jeagle.checkpoint import load_config, load_llama, read_source
+from jeagle.checkpoint_writer import check_new
+from jeagle.config import EagleConfig, LlamaConfig
+from jeagle.llama4_config import Llama4Config
 
 
 def hf_form(config: LlamaConfig) -> dict[str, Any]:
@@ -43,29 +46,46 @@ def hf_form(config: LlamaConfig) -> dict[str, Any]:
     )
 
 
-def write_directory(checkpoint: Path, destination: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
-    """Raises ConversionError or CheckpointError with one sentence. Returns what a GGUF file is made of."""
-    if destination.exists():
-        raise ConversionError(f"{destination} already exists; remove it or choose another destination")
+def write(checkpoint: Path, destination: Path, gguf: Path | None = None) -> Path:
+    """The directory, and the GGUF file where it is asked for: both or neither.
+
+    Raises ConversionError or CheckpointError with one sentence.
+    """
+    destination, gguf = destination.absolute(), gguf and gguf.absolute()
+    check_new(destination)
+    config = load_config(checkpoint)
+    if isinstance(config, Llama4Config):
+        raise ConversionError(f"{checkpoint} is a Llama 4, for which no form is written; keep the original model")
+    if isinstance(config, LlamaConfig) and read_source(checkpoint)["dtype"] == "fp8":
+        raise ConversionError(
+            f"{checkpoint} has FP8 weights, for which no form is written; convert its source with another --dtype first"
+        )
+    if gguf:
+        check_gguf(gguf, config, checkpoint)
+    if gguf == destination:
+        raise ConversionError(f"{gguf} cannot be both the directory and the GGUF file; choose another name for one")
     target = load_llama(checkpoint)
     written = hf_form(target.config) | dict(torch_dtype=target.compute_dtype.name)
     found = {".".join(map(str, path)): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(target))}
     rules = describe(written, {}).rules
     tensors = {name: np.ascontiguousarray(part) for name, part in unfill(rules, found)}
-    with new_directory(destination) as directory:
+    with new_path(destination) as directory:
+        directory.mkdir()
         (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # HF refuses files without it
         for name in CARRIED_FILES:
             if (checkpoint / name).exists():
                 shutil.copyfile(checkpoint / name, directory / name)
-    return target.config, tensors
+        if gguf:
+            with new_path(gguf) as file:
+                write_gguf(file, target.config, tensors)
+    return destination
 
 
-def check_gguf(path: Path, checkpoint: Path) -> None:
+def check_gguf(path: Path, config: LlamaConfig | EagleConfig, checkpoint: Path) -> None:
     """Before anything is written: raises ConversionError or CheckpointError with one sentence."""
-    config = load_config(checkpoint)
-    plain = isinstance(config, LlamaConfig) and config.rope_scaling is None
-    if not plain or config.attention_bias or config.mlp_bias:
+    check_new(path)
+    if config.rope_scaling is not None or config.attention_bias or config.mlp_bias:
         raise ConversionError(f"{checkpoint}: a GGUF file is written of Llamas without rope_scaling and biases alone")
     if not path.parent.is_dir():
         raise ConversionError(f"{path} cannot be written: {path.parent} is not a directory")
@@ -104,10 +124,10 @@ def write_gguf(path: Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray
         else:
             theirs = f"{names[name.removesuffix('.weight')]}.weight"
         writer.add_tensor(theirs, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,15 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="also a GGUF file, for llama.cpp")
     args = parser.parse_args(argv)
 
-    def work() -> Path:
-        if args.gguf:
-            check_gguf(args.gguf, args.checkpoint)
-        config, tensors = write_directory(args.checkpoint, args.destination)
-        if args.gguf:
-            write_gguf(args.gguf, config, tensors)
-        return args.destination
-
-    return run(work)
+    return run(lambda: write(args.checkpoint, args.destination, args.gguf))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from jeagle.placement import axes_of, dotted, variables
 from jeagle.sharding import split_axis
 from jeagle.weights import FP8, Fp8, dtype_of, quantize, scale_of
 
-__all__ = ["CheckpointWriter", "save"]
+__all__ = ["CheckpointWriter", "check_new", "explained", "locked_sibling", "save"]
 
 CHUNK_BYTES = 32 << 20  # most of one zarr chunk
 SHARDS = 8  # devices of the largest mesh in use, of which each should read its own chunks alone ..
@@ -45,9 +45,6 @@ class CheckpointWriter:
 
     Arrays go to disk through tensorstore and not through Orbax's ``save``, which wants the whole tree in memory (and
     its partial saves a copy of each tensor). What is written is Orbax's own format: stock Orbax restores it (tested).
-
-    The temporary sibling is locked (flock) for as long as its process lives, so that a later writer can tell what a
-    killed one left behind from what another one is still writing.
     """
 
     def __init__(self, destination: str | Path, *, expected_bytes: int = 0):
@@ -59,20 +56,16 @@ class CheckpointWriter:
         self._pending_bytes = 0
 
     def __enter__(self) -> Self:
-        if os.path.lexists(self.destination):
-            raise CheckpointError(f"{self.destination} already exists; remove it or choose another destination")
-        self._made_parents = [p for p in (self.destination.parent, *self.destination.parent.parents) if not p.exists()]
-        with _explained(self.destination):
-            self.destination.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(self.destination)
+        check_new(self.destination)
+        with explained(self.destination), contextlib.ExitStack() as stack:
+            self._directory = stack.enter_context(locked_sibling(self.destination))
             free = shutil.disk_usage(self.destination.parent).free
             if free < self._expected_bytes:
-                self._remove_parents()
                 raise CheckpointError(
                     f"{self.destination} needs {_gigabytes(self._expected_bytes)} but its disk has "
                     f"{_gigabytes(free)} free; make room or choose another destination"
                 )
-            self._directory, self._lock = _make_locked_sibling(self.destination)
+            self._sibling = stack.pop_all()
         return self
 
     def add(self, path: str, array: np.ndarray, dtype: Any = None, *, split_axis: int = 0) -> None:
@@ -86,7 +79,7 @@ class CheckpointWriter:
         self._shapes[path] = array.shape
         chunk = _chunk_shape(array.shape, dtype.itemsize, split_axis)
         spec = _array_spec(self._directory / "params", path, array.shape, chunk, dtype)
-        with _explained(self.destination):
+        with explained(self.destination):
             store = self._open(spec, create=True)
             starts = [range(0, length, step) for length, step in zip(array.shape, chunk, strict=True)]
             for corner in itertools.product(*starts):
@@ -123,7 +116,7 @@ class CheckpointWriter:
         self, config: BlockConfig, source: Mapping[str, Any], extra_files: Mapping[str, bytes | Path] | None = None
     ) -> Path:
         """Complete the checkpoint and give it its name. Raises if another process took the name meanwhile."""
-        with _explained(self.destination):
+        with explained(self.destination):
             self._commit()
             _write_json(self._directory / "params" / "_METADATA", _orbax_metadata(self._shapes))
             _write_json(self._directory / "config.json", config.to_json())
@@ -144,7 +137,6 @@ class CheckpointWriter:
                         "destination"
                     ) from error
                 raise
-        self._made_parents = []
         return self.destination
 
     def __exit__(
@@ -155,14 +147,7 @@ class CheckpointWriter:
             self._transaction.abort()
             with contextlib.suppress(Exception):
                 self._transaction.commit_async().result()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        os.close(self._lock)
-        self._remove_parents()
-
-    def _remove_parents(self) -> None:
-        with contextlib.suppress(OSError):
-            for parent in self._made_parents:
-                parent.rmdir()
+        self._sibling.close()
 
     def _open(self, spec: dict[str, Any], *, create: bool = False) -> ts.TensorStore:
         if self._transaction is None:
@@ -245,6 +230,39 @@ def _orbax_metadata(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
+def check_new(destination: Path) -> None:
+    """Raises CheckpointError for a path that exists already, or whose name the disk or tensorstore would not take."""
+    name = os.fsdecode(destination)
+    if "\0" in name or name.encode(errors="ignore").decode() != name:  # bytes that are not UTF-8 are lone surrogates
+        raise CheckpointError(f"{name!r} is no name in UTF-8; choose another destination")
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination} already exists; remove it or choose another destination")
+
+
+@contextlib.contextmanager
+def locked_sibling(destination: Path) -> Iterator[Path]:
+    """A temporary directory beside ``destination``: in the end it gets that name, or what was made in it does. What is
+    left of it goes, and so do the parents made for it where nothing is in them.
+
+    It is locked (flock) for as long as its process lives, so that a later writer can tell what a killed one left behind
+    from what another one is still writing.
+    """
+    made_parents = [parent for parent in destination.parents if not parent.exists()]
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(destination)
+        directory, lock = _make_locked_sibling(destination)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in made_parents:
+                parent.rmdir()
+
+
 def _make_locked_sibling(destination: Path) -> tuple[Path, int]:
     # Until it is locked, another writer may take it for a dead one's and remove it; then the next name is tried.
     while True:
@@ -276,7 +294,7 @@ def _remove_stale(destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(destination: Path) -> Iterator[None]:
+def explained(destination: Path) -> Iterator[None]:
     """Turn what the disk says, directly or through tensorstore, into one sentence."""
     try:
         yield
@@ -292,7 +310,8 @@ def _explained(destination: Path) -> Iterator[None]:
                     f"cannot write {destination}: {reason}; make room or choose another destination"
                 ) from error
         if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {destination}: {error.strerror or error}") from error
+            text = error.strerror or text
+            raise CheckpointError(f"cannot write {destination}: {text}; mend that or choose another place") from error
         raise
 
 

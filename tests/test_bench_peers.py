@@ -58,8 +58,7 @@ def files(tmp_path_factory, target) -> dict[str, Path]:
     (directory / "questions.jsonl").write_text("\n".join(json.dumps({"turns": [t]}) for t in ("ab", "again", "c")))
     (directory / "fake.py").write_text(FAKE.format(protocol=str(Path(bench_peers.__file__).parent / "peers")))
     paths = dict(hf=directory / "hf", gguf=directory / "all.gguf", checkpoint=checkpoint, head=head)
-    config, tensors = export_target.write_directory(checkpoint, paths["hf"])
-    export_target.write_gguf(paths["gguf"], config, tensors)
+    export_target.write(checkpoint, paths["hf"], paths["gguf"])
     return paths | dict(prompts=directory / "questions.jsonl", fake=directory / "fake.py")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,13 +13,14 @@ from flax import nnx
 from helpers import fill_randomly
 from transformers import LlamaConfig as HFLlamaConfig
 
-from convert import ConversionError, convert
+from convert import ConversionError, convert, export_target
 from convert.export import export, main
 from convert.tensors import SafetensorsSource
-from jeagle.checkpoint import CheckpointError, load_eagle
+from jeagle.checkpoint import CheckpointError, abstract, load_eagle, load_llama
 from jeagle.checkpoint_writer import save
 from jeagle.config import EagleConfig, LlamaConfig, RopeScaling
 from jeagle.eagle import EagleHead
+from jeagle.llama4_config import Llama4Config
 
 TARGET = LlamaConfig.tiny(num_layers=8)
 V, W = TARGET.vocab_size, 20
@@ -264,18 +266,74 @@ def test_damaged_heads_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_destination(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    with pytest.raises(ConversionError, match="there already exists; remove it or choose another"):
-        export(head_of("eagle1"), tmp_path / "there")
-
-    def full_disk(*_, **__):
-        raise OSError(28, "No space left on device")
-
+    stale = tmp_path / ".out.tmp-00000000"  # of an export that was killed
+    stale.mkdir()
+    for name, said in (
+        ("there", "there already exists; remove it or choose another"),
+        ("there/new/parents/" + 300 * "x", "cannot write .*File name too long"),
+        ("a\0b", r"a\\x00b' is no name in UTF-8"),
+        (os.fsdecode(b"\xff"), "is no name in UTF-8"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            export(head_of("eagle1"), tmp_path / name)
     monkeypatch.setattr("convert.export.save_file", full_disk)
-    with pytest.raises(ConversionError, match=r"cannot write .*out: No space left on device"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*out: its disk is full; make room"):
         export(head_of("eagle1"), tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("targets")
+    for name, config, dtype in (
+        ("plain", LlamaConfig.tiny(), "float32"),
+        ("biased", LlamaConfig.tiny(mlp_bias=True), "float32"),
+        ("fp8", LlamaConfig.tiny(), "fp8"),
+        ("llama4", Llama4Config.tiny(), "float32"),
+    ):
+        module = fill_randomly(abstract(config), 3)
+        save(module, directory / name, dtype=dtype)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("target", "gguf", "said"),
+    [
+        ("fp8", None, "has FP8 weights, for which no form is written; convert its source with another --dtype"),
+        ("llama4", None, "is a Llama 4, for which no form is written; keep the original model"),
+        ("biased", "out.gguf", "of Llamas without rope_scaling and biases alone"),
+        ("plain", "there.gguf", "there.gguf already exists"),
+        ("plain", "out", "cannot be both"),
+        ("plain", "out/model.gguf", "out is not a directory"),
+    ],
+)
+def test_refused_targets(target, gguf, said, targets, tmp_path, capsys):
+    (tmp_path / "there.gguf").write_text("precious")
+    asked = [] if gguf is None else ["--gguf", str(tmp_path / gguf)]
+    assert export_target.main([str(targets / target), str(tmp_path / "out"), *asked]) == 1
+    assert said in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("there.gguf", "precious")]
+
+
+def test_a_target_and_its_gguf_file_are_both_written_or_neither(targets, tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="GGUF files are written through the gguf package")
+    paths = targets / "plain", tmp_path / "out", tmp_path / "out.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf.GGUFWriter.write_tensors_to_file", full_disk)
+        with pytest.raises(CheckpointError, match=r"cannot write .*out\.gguf: its disk is full; make room"):
+            export_target.write(*paths)
+    assert not list(tmp_path.iterdir())
+    export_target.write(*paths)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.gguf"]
+    for path in paths[1:]:
+        back = load_llama(convert(path, tmp_path / f"from {path.name}", progress=False))
+        assert arrays(back).keys() == arrays(load_llama(paths[0])).keys()
 
 
 def test_command_line(tmp_path, target_dir, capsys):
