@@ -122,7 +122,7 @@ def open_gguf(path: Path) -> OpenSource:
         generation={},
         tensors=GGUFSource(reader, path.name, num_heads=heads, num_kv_heads=kv_heads),
         files=(path,),
-        carried=dict(carried),
+        carried=carried,
         notes=notes,
     )
 

@@ -6,9 +6,10 @@ read. Nothing outside the directory is opened: names in an index are plain file 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -46,7 +47,7 @@ class OpenSource:
     generation: dict[str, Any]  # generation_config.json, or {}
     tensors: TypedSource
     files: tuple[Path, ...]  # what the checkpoint is made from, to be hashed
-    carried: dict[str, bytes | Path]  # tokenizer files, chat template, generation_config.json
+    carried: dict[str, bytes]  # tokenizer files, chat template, generation_config.json
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -64,29 +65,42 @@ class OpenSource:
         return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
+@contextlib.contextmanager
+def _readable(source: str | Path) -> Iterator[None]:
+    """Turn what the disk says of any file of ``source`` into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(
+            f"cannot read {error.filename or source} ({error.strerror or error}); check its name, and who may read it"
+        ) from error
+
+
 def open_source(source: str | Path) -> OpenSource:
     """Open a directory, a .gguf file, or (when no such path exists) a hub name."""
     path = Path(source)
-    if path.is_dir():
-        return _open_directory(path, path.resolve().name)
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            from convert.gguf_file import open_gguf
+    with _readable(source):
+        if path.is_dir():
+            return _open_directory(path, path.resolve().name)
+        if path.is_file():
+            if path.suffix.lower() == ".gguf":
+                from convert.gguf_file import open_gguf
 
-            return open_gguf(path)
-        raise ConversionError(f"{path} is a file; give the directory that holds config.json, or a .gguf file")
-    if HUB_NAME.fullmatch(str(source)):
-        return _open_directory(_download(str(source)), str(source))
+                return open_gguf(path)
+            raise ConversionError(f"{path} is a file; give the directory that holds config.json, or a .gguf file")
+        if HUB_NAME.fullmatch(str(source)):
+            return _open_directory(_download(str(source)), str(source))
     raise ConversionError(f"{source} does not exist; give a model directory, a .gguf file or a hub name (org/name)")
 
 
 def open_config(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and generation_config.json alone: of a target that a head is only checked against."""
     path = Path(source)
-    if not path.exists() and HUB_NAME.fullmatch(str(source)):
-        path = _download(str(source), weights=False)
-    if path.is_dir():
-        return _read_configs(path)
+    with _readable(source):
+        if not path.exists() and HUB_NAME.fullmatch(str(source)):
+            path = _download(str(source), weights=False)
+        if path.is_dir():
+            return _read_configs(path)
     opened = open_source(path)
     return opened.config, opened.generation
 
@@ -111,7 +125,7 @@ def _open_directory(directory: Path, name: str) -> OpenSource:
         generation=generation,
         tensors=tensors,
         files=(directory / "config.json", *weight_files),
-        carried={file: directory / file for file in CARRIED_FILES if (directory / file).is_file()},
+        carried={file: (directory / file).read_bytes() for file in CARRIED_FILES if (directory / file).is_file()},
     )
 
 

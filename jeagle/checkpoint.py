@@ -88,7 +88,7 @@ def load_config(directory: str | Path) -> LlamaConfig | EagleConfig:
     read_source(directory)
     data = _read_json(directory / "config.json")
     family = data.get("family")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(
             f"{directory / 'config.json'} says family {family!r}, which this jeagle does not know; convert the model "
             "again"
@@ -272,7 +272,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path} ({error.strerror}); convert the model again") from error
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; of nesting without end
         raise CheckpointError(f"{path} is not valid JSON ({error}); convert the model again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object; convert the model again")

@@ -115,10 +115,12 @@ def _flip_bit(path: Path) -> None:
         (lambda p: (p / "config.json").unlink(), "cannot read"),
         (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
         (lambda p: (p / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda p: (p / "source.json").write_text("[" * 100000), "not valid JSON"),
         (lambda p: (p / "source.json").unlink(), "no source.json"),
         (_edit("source.json", format_version=99), "format_version 99"),
         (_edit("source.json", dtype="float8"), "dtype 'float8'"),
         (_edit("config.json", family="bert"), "family 'bert'"),
+        (_edit("config.json", family=[]), "family []"),
         (_edit("config.json", surprise=1), "surprise"),
         (_edit("config.json", num_heads=3), "multiple of num_kv_heads"),
         (_edit("config.json", rope_scaling={"kind": "linear"}), "damaged"),
@@ -166,6 +168,21 @@ def test_existing_destination_is_refused(tmp_path):
     (tmp_path / "c").mkdir()
     with pytest.raises(CheckpointError, match="already exists"), CheckpointWriter(tmp_path / "c"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("new/parents/" + 300 * "x", "cannot write .*File name too long"),
+        ("new/parents/" + 250 * "x", "cannot write .*File name too long"),  # of the temporary sibling alone
+        ("new/a\0b", r"a\\x00b' is no name in UTF-8; choose another"),
+        (os.fsdecode(b"new/\xff"), "is no name in UTF-8; choose another"),
+    ],
+)
+def test_names_that_cannot_be_written(tmp_path, name, said):
+    with pytest.raises(CheckpointError, match=said), CheckpointWriter(tmp_path / name):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

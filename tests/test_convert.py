@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -87,10 +86,13 @@ def test_fp8_checkpoints(tmp_path, method):
         np.testing.assert_array_equal(kept[name], wide[name])
 
 
-def fp8_source(directory: Path, *, scale: Any = (np.float32(0.5),), extra=None, **quantization) -> Path:
+HALF = np.float32([0.5])
+
+
+def fp8_source(directory: Path, *, scale=HALF, extra=None, **quantization) -> Path:
     tensors = {**make_tensors(dtype=ml_dtypes.bfloat16), **(extra or {})}
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        tensors |= {name: tensors[name].astype(ml_dtypes.float8_e4m3fn), f"{name}_scale": np.asarray(scale)}
+        tensors |= {name: tensors[name].astype(ml_dtypes.float8_e4m3fn), f"{name}_scale": scale}
     return make_hf(directory, tensors, quantization_config={"quant_method": "compressed-tensors", **quantization})
 
 

@@ -32,6 +32,28 @@ def test_full_disk(tmp_path, small_disk, capsys, monkeypatch):  # noqa: F811
         assert list(small_disk.iterdir()) == []
 
 
+def test_sources_that_may_not_be_read(tmp_path, monkeypatch, capsys):
+    """Root reads everything, so the disk's answer is made up."""
+    source, real = make_hf(tmp_path / "hf"), Path.stat
+    (source / "tokenizer.json").write_text("{}")
+
+    def refuse(path: Path):
+        def answer(self, *args, **kwargs):
+            if self == path:
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self, *args, **kwargs)
+
+        return answer
+
+    for path in (source, source / "config.json", source / "tokenizer.json"):
+        monkeypatch.setattr(Path, "stat", refuse(path))
+        assert main([str(source), str(tmp_path / "ours")]) == 1
+        assert f"error: cannot read {path} (Permission denied)" in capsys.readouterr().err
+    assert main([300 * "n", str(tmp_path / "ours")]) == 1
+    assert "(File name too long); check its name" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 def test_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

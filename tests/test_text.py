@@ -13,7 +13,7 @@ from hypothesis import example, given
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from jeagle.text import Detokenizer, encode, load_tokenizer
+from jeagle.text import Detokenizer, encode, load_tokenizer, render_chat
 
 REPLACEMENT = "\ufffd"
 
@@ -288,3 +288,23 @@ def test_a_tokenizer_is_what_its_file_says(tmp_path, name):
     ids = encode(tokenizer, text)
     assert ids[0] == tiny_tokenizer.BOS and ids[1:] != tiny_tokenizer.byte_ids(text)
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% if %}", "Expected an expression"),
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ messages[3].content.x }}", "has no element 3"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for i in range(9999999) %}x{% endfor %}", "Range too big"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth"),
+    ],
+)
+def test_what_a_chat_template_raises_is_one_sentence(tmp_path, template, said):
+    for name, content in tiny_tokenizer.tokenizer_files().items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"^the chat template cannot render \[.*\]: [^\n]*{said}"):
+        render_chat(tokenizer, [{"role": "user", "content": "hi"}])
