@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.table import ConversionError
 
-__all__ = ["flag", "integer", "listing", "number", "read_json", "real"]
+__all__ = ["flag", "integer", "listing", "number", "read_json", "real", "said"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def integer(data: Mapping[str, Any], name: str, default: int | None = None) -> i
     value = default if data.get(name) is None else data[name]
     # JSON holds integers of any size: beyond 64 bits they are no one's, and no float holds them.
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 63:
-        raise ConversionError(f"config.json: {name} must be a positive integer but {_said(value)}; set it")
+        raise ConversionError(f"config.json: {name} must be a positive integer but {said(value)}; set it")
     return value
 
 
@@ -46,13 +46,13 @@ def real(value: Any, name: str) -> float:
         with contextlib.suppress(OverflowError):
             if math.isfinite(value):
                 return float(value)
-    raise ConversionError(f"config.json: {name} must be a number but {_said(value)}; set it")
+    raise ConversionError(f"config.json: {name} must be a number but {said(value)}; set it")
 
 
 def flag(data: Mapping[str, Any], name: str, default: bool = False) -> bool:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, bool):
-        raise ConversionError(f"config.json: {name} must be true or false but {_said(value)}; set it")
+        raise ConversionError(f"config.json: {name} must be true or false but {said(value)}; set it")
     return value
 
 
@@ -61,11 +61,11 @@ def listing(data: Mapping[str, Any], name: str, kind: type, label: str | None = 
     value = [] if data.get(name) is None else data[name]
     if not isinstance(value, list) or any(not isinstance(x, kind) or isinstance(x, bool) for x in value):
         what = {int: "integers", str: "strings"}[kind]
-        raise ConversionError(f"config.json: {label or name} must be a list of {what} but {_said(value)}; set it")
+        raise ConversionError(f"config.json: {label or name} must be a list of {what} but {said(value)}; set it")
     return value
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """What is wrong with a field, in a sentence: a long value is cut."""
     if value is None:
         return "is missing"

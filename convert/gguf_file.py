@@ -14,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.fields import said
 from convert.gguf_tokenizer import tokenizer_files
 from convert.source import OpenSource
 from convert.table import ConversionError
-from jeagle.config import BlockConfig, LlamaConfig, RopeScaling
+from jeagle.config import BlockConfig, ConfigError, LlamaConfig, RopeScaling
 from jeagle.layers import rope_frequencies
 
 __all__ = ["GGUFSource", "open_gguf"]
@@ -42,6 +43,24 @@ ROPE_FACTORS = "rope_freqs.weight"
 PIECE = 1 << 24  # elements dequantised at a time
 
 
+# What the fields read here must hold, by the end of their names; [of] a list. Others are judged where they are used.
+KINDS: dict[str, Any] = {
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.tokens": [str],
+    "tokenizer.ggml.merges": [str],
+    "tokenizer.ggml.token_type": [int],
+    "_token_id": int,
+    ".embedding_length": int,
+    ".key_length": int,
+    ".layer_norm_rms_epsilon": (int, float),
+    ".freq_base": (int, float),
+    ".scaling.factor": (int, float),
+    ".scale_linear": (int, float),
+}
+
+
 class Metadata:
     """Typed access to a GGUF file's key/value fields."""
 
@@ -50,7 +69,16 @@ class Metadata:
 
     def get(self, key: str, default: Any = None) -> Any:
         field = self._fields.get(key)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        try:
+            value = field.contents()
+        except UnicodeDecodeError as error:
+            raise ConversionError(f"{self._file}: field {key} is not UTF-8 ({error.reason}); fetch it again") from error
+        kind = next((kind for end, kind in KINDS.items() if key.endswith(end)), object)
+        if not _is(value, kind):
+            raise ConversionError(f"{self._file}: field {key} {said(value)}, which it cannot be; fetch it again")
+        return value
 
     def require(self, key: str) -> Any:
         value = self.get(key)
@@ -62,6 +90,12 @@ class Metadata:
         """Floats are stored as float32; the shortest decimal that means the same is what was meant (1e-05)."""
         value = self.require(key) if default is None else self.get(key, default)
         return float(str(np.float32(value)))
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(isinstance(x, kind[0]) for x in value)
+    return isinstance(value, kind)
 
 
 class GGUFSource:
@@ -107,13 +141,16 @@ def open_gguf(path: Path) -> OpenSource:
         raise ConversionError(f"{path} needs the gguf package; pip install 'jeagle[gguf]'") from error
     try:
         reader = GGUFReader(str(path))
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ConversionError(f"{path} is damaged or not a GGUF file ({error}); fetch it again") from error
     metadata = Metadata(reader.fields, path.name)
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
     config = _hf_config(metadata, shapes, path.name)
     factors = next((np.array(t.data, np.float32) for t in reader.tensors if t.name == ROPE_FACTORS), None)
-    config["rope_scaling"] = _rope_scaling(metadata, config, factors, path.name)
+    try:
+        config["rope_scaling"] = _rope_scaling(metadata, config, factors, path.name)
+    except ConfigError as error:
+        raise ConversionError(f"{path.name}: {error}; fetch it again") from error
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     carried, notes = tokenizer_files(metadata, config)
     return OpenSource(
@@ -145,7 +182,13 @@ def _hf_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], file: 
     # Chat models end a turn with eot or eom, which llama.cpp keeps apart from eos.
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     # Files of Llama 3's first weeks name eos alone, and how their text is split they do not say (gguf_tokenizer.py).
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    tokens, bos = metadata.get("tokenizer.ggml.tokens") or [], metadata.get("tokenizer.ggml.bos_token_id")
+    types = metadata.get("tokenizer.ggml.token_type") or tokens
+    if tokens and (len(types) != len(tokens) or not 0 <= (bos or 0) < len(tokens)):
+        raise ConversionError(
+            f"{file} has {len(tokens)} tokens, {len(types)} types of tokens and bos_token_id {bos}, which do not fit; "
+            "fetch it again"
+        )
     ends += [tokens.index(name) for name in ("<|eot_id|>",) if name in tokens]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -162,7 +205,7 @@ def _hf_config(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]], file: 
         "vocab_size": shapes["token_embd.weight"][0],
         "max_position_embeddings": metadata.require("llama.context_length"),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": bos,
         "eos_token_id": [*dict.fromkeys(end for end in ends if end is not None)],
     }
 

@@ -99,7 +99,7 @@ def _tokenizer_config(
     return {
         # Not a class of its own name (GPT2Tokenizer): transformers would rebuild the pre-tokenizer from it.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)},
+        **{name: tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)},
         **({} if template is None else {"chat_template": template}),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,

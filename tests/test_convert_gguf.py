@@ -53,8 +53,10 @@ def make_gguf(
     if scaling is not None:
         writer.add_rope_scaling_type(scaling)
         writer.add_rope_scaling_factor(2.0)
+    add = {list: writer.add_array, float: writer.add_float32, int: writer.add_int32, str: writer.add_string}
     for name, value in (fields or {}).items():
-        (writer.add_array if isinstance(value, list) else writer.add_float32)(name, value)
+        writer.kv_data[0].pop(name, None)
+        add[type(value)](name, value)
     for name, tensor in tensors.items():
         stem, leaf = name.rsplit(".", 1)
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
@@ -144,6 +146,44 @@ def test_bad_gguf(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConversionError, match=r"pip install 'jeagle\[gguf\]'"):
         convert.convert(good, tmp_path / "ours")
+
+
+TOKENS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": [f"t{i}" for i in range(V)],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.token_type": [1] * V,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("tokenizer.ggml.token_type", [1] * (V - 1), f"has {V} tokens, {V - 1} types"),
+        ("tokenizer.ggml.bos_token_id", V, f"bos_token_id {V}, which do not fit"),
+        ("tokenizer.ggml.bos_token_id", -1, "bos_token_id -1, which do not fit"),
+        ("tokenizer.ggml.bos_token_id", "<s>", "field tokenizer.ggml.bos_token_id is .*, which it cannot be"),
+        ("tokenizer.ggml.tokens", "abc", "field tokenizer.ggml.tokens is .*, which it cannot be"),
+        ("tokenizer.ggml.tokens", list(range(V)), "field tokenizer.ggml.tokens is .*, which it cannot be"),
+        ("tokenizer.chat_template", 5, "field tokenizer.chat_template is .*, which it cannot be"),
+        ("llama.embedding_length", "x", "field llama.embedding_length is .*, which it cannot be"),
+        ("llama.attention.layer_norm_rms_epsilon", "x", "layer_norm_rms_epsilon is .*, which it cannot be"),
+        ("llama.rope.freq_base", [1, 2], "freq_base is .*, which it cannot be"),
+        ("llama.rope.scaling.factor", "x", "factor is .*, which it cannot be"),
+    ],
+)
+def test_damaged_fields_are_named(tmp_path, field, value, said):
+    path = make_gguf(tmp_path / "m.gguf", make_tensors(), fields={**TOKENS, field: value})
+    with pytest.raises(ConversionError, match=rf"^m\.gguf.*{said}"):
+        convert.convert(path, tmp_path / "ours")
+
+
+def test_a_field_that_is_not_utf8(tmp_path):
+    path = make_gguf(tmp_path / "m.gguf", make_tensors(), fields=TOKENS)
+    path.write_bytes(path.read_bytes().replace(b"smollm", b"smol\xff\xff"))
+    with pytest.raises(ConversionError, match=r"m\.gguf: field tokenizer\.ggml\.pre is not UTF-8"):
+        convert.convert(path, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
