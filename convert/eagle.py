@@ -91,6 +91,11 @@ def check_token_maps(source: Source, config: EagleConfig) -> None:
     """
     names = {_canonical(name): name for name in source.names()}
     if not config.reduced_vocabulary:
+        if "d2t" in names and (shape := tuple(source.shape(names["d2t"]))) != (config.vocab_size,):
+            raise ConversionError(
+                f"tensor {names['d2t']} has shape {shape}, but config.json's draft vocabulary is the target's "
+                f"{config.vocab_size} ids; set draft_vocab_size to what d2t has"
+            )
         if "d2t" in names and np.any(source.read(names["d2t"])):
             raise ConversionError(
                 f"tensor {names['d2t']} renumbers a draft vocabulary as large as the target's; only a head whose "

@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def integer(data: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A positive integer; null and absence mean ``default``, without one they are refused."""
     value = default if data.get(name) is None else data[name]
-    # JSON holds integers of any size: beyond 64 bits they are no one's, and no float holds them.
+    # JSON holds integers of any size: those beyond 64 bits are no size of anything, and may overflow a float.
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 63:
         raise ConversionError(f"config.json: {name} must be a positive integer but {said(value)}; set it")
     return value

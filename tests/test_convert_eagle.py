@@ -234,6 +234,9 @@ def test_token_maps_must_agree():
     weights["d2t"][:2] = 1, -1  # swaps ids 0 and 1
     with pytest.raises(ConversionError, match="renumbers a draft vocabulary"):
         check_token_maps(Tensors(weights), table.config)
+    weights["d2t"] = weights["d2t"][:DRAFT_VOCAB]  # and a config that calls it otherwise: truncated_vocab_size
+    with pytest.raises(ConversionError, match=rf"d2t has shape \({DRAFT_VOCAB},\).*; set draft_vocab_size"):
+        check_token_maps(Tensors(weights), table.config)
 
 
 @pytest.mark.parametrize(
