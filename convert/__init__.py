@@ -29,7 +29,7 @@ from jeagle.checkpoint_writer import CheckpointWriter, check_new
 from jeagle.config import EagleConfig, LlamaConfig
 from jeagle.placement import variables
 
-__all__ = ["ConversionError", "convert"]
+__all__ = ["ConversionError", "convert", "read_target"]
 
 DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "fp8": "fp8"}
 
@@ -64,7 +64,7 @@ def convert(
     destination = Path(destination)
     check_new(destination)  # the writer asks again; this spares opening, or downloading, the source
     opened = open_source(source)
-    description = _describe(opened, kind, None if target is None else _read_target(target), taps)
+    description = _describe(opened, kind, None if target is None else read_target(target), taps)
     stored, dtype_note = _choose_dtype(dtype, opened.dtype)
     if progress:
         print(*opened.notes, *description.notes, *dtype_note, sep="\n")
@@ -115,7 +115,8 @@ def _describe(
     return _family(opened.config).describe(opened.config, opened.shapes, generation=opened.generation)
 
 
-def _read_target(target: str | Path) -> LlamaConfig:
+def read_target(target: str | Path) -> LlamaConfig:
+    """The config of a target, converted or not, without its weights. Raises ConversionError, CheckpointError."""
     if not is_checkpoint(target):
         config, generation = open_config(target)
         return _family(config).read_config(config, generation=generation)

@@ -136,16 +136,9 @@ def find_config(source: str | Path) -> LlamaConfig | EagleConfig:
 
     if is_checkpoint(path):
         return load_config(path)
-    return _foreign_config(path)
+    from convert import read_target  # as in locate.py: foreign formats are imported only where one has to be read
 
-
-def _foreign_config(directory: Path) -> LlamaConfig:
-    # As in locate.py: foreign formats are imported only where one has to be read.
-    from convert import llama, llama4
-    from convert.fields import read_json
-
-    config = read_json(directory / "config.json")
-    return (llama4 if llama4.is_llama4(config) else llama).read_config(config)
+    return read_target(path)
 
 
 def draft_of(source: str, target: LlamaConfig) -> tuple[EagleConfig, str]:
