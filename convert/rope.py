@@ -1,9 +1,9 @@
 """Rotary settings of an HF config, in the classic form and in that of transformers 5.
 
 Classic: ``rope_theta`` beside ``rope_scaling``. Transformers 5: one ``rope_parameters`` holding both. Where they differ
-``rope_scaling`` counts, as in transformers 5, and a theta inside an object before the one at the top level, where a
-stale class default may linger (NVIDIA Model-Optimizer ``_get_rope_theta``). Knows nothing about models: a target and a
-draft head each pass their own config.
+``rope_scaling`` counts, as in transformers 5, and its theta before the one at the top level, where a stale class
+default may linger (NVIDIA Model-Optimizer ``_get_rope_theta``); that of the other object where nothing else says one.
+Knows nothing about models: a target and a draft head each pass their own config.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def parse_rope(config: Mapping[str, Any], default_theta: float = DEFAULT_THETA) 
     """(theta, scaling) of an HF config. Raises ConversionError on rope types that ``RopeScaling`` cannot express."""
     dicts = [d for d in (_mapping(config, "rope_scaling"), _mapping(config, "rope_parameters")) if d]
     scaling: Mapping[str, Any] = dicts[0] if dicts else {}
-    theta = next((d["rope_theta"] for d in (*dicts, config) if d.get("rope_theta") is not None), default_theta)
+    places = (*dicts[:1], config, *dicts[1:])
+    theta = next((d["rope_theta"] for d in places if d.get("rope_theta") is not None), default_theta)
     partial = next((d for d in (*dicts, config) if d.get("partial_rotary_factor") not in (None, 1, 1.0)), None)
     if partial is not None:
         raise ConversionError(

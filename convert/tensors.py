@@ -161,9 +161,7 @@ class TorchSource:
             kind = str(tensor.dtype).removeprefix("torch.")
             dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
             if not dense or kind not in (*(np.dtype(d).name for d in DTYPES.values()),):
-                how = (
-                    tensor.dtype if dense else f"{tensor.layout} on {tensor.device}"
-                )  # sparse ones, and meta's of none
+                how = tensor.dtype if dense else f"{tensor.layout} on {tensor.device}"  # sparse, or meta's of none
                 raise ConversionError(
                     f"tensor {name} is stored as {how}, which does not convert; use a checkpoint of float32, float16 "
                     "or bfloat16 weights"

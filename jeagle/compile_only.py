@@ -168,8 +168,12 @@ def _bytes(tree: Any) -> int:
     return sum(x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(tree))
 
 
+CALLED = "to_apply|body|condition|calls|true_computation|false_computation"
+
+
 def _loop_body(text: str) -> str:
-    """The computation that the outermost ``while`` runs, and those that it calls."""
+    """The computation that the outermost ``while`` runs, and those that it calls: all branches of a conditional, of
+    which a round takes one."""
     computations = {m[1]: m[0] for m in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?^\}", text, re.M | re.S)}
     entry = next(c for c in computations.values() if c.startswith("ENTRY"))
     found = re.search(r" while\(.*?body=%?([\w.\-]+)", entry)
@@ -185,7 +189,7 @@ def _loop_body(text: str) -> str:
         # Of a fusion the inside is one kernel; of calls, conditionals and inner loops it is more of the same.
         for line in seen[name].splitlines():
             if " fusion(" not in line:
-                waiting += re.findall(r"(?:to_apply|body|condition|calls)=%?([\w.\-]+)", line)
+                waiting += re.findall(rf"(?:{CALLED})=%?([\w.\-]+)", line)
                 for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
                     waiting += re.findall(r"[\w.\-]+", branches)
     return "\n".join(seen.values())

@@ -113,7 +113,7 @@ class Course:
         return self._program.profile
 
     def expect(self, prompts: Iterable[np.ndarray]) -> None:
-        """Who will be seated next, in order: workers begin with them."""
+        """Who will be seated, in order: workers begin with them."""
         if self._ahead is not None:
             self._ahead.expect(prompts)
 

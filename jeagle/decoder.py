@@ -332,7 +332,8 @@ class Decoder:
         return jax.tree.map(self._everywhere, rows, rows.whole_axes())
 
     def _everywhere(self, value: np.ndarray | jax.Array, axes: Axes) -> jax.Array:
-        return jnp.asarray(value) if self.layout is None else jax.device_put(value, self.layout.sharding(axes))
+        assert self.layout is not None, "who has workers is laid out"
+        return jax.device_put(value, self.layout.sharding(axes))
 
     def launch(self, state: DecodeState, program: Program, most_rounds: int, least_running: int = 1) -> DecodeState:
         """Up to ``most_rounds`` rounds on the device, as long as ``least_running`` rows have not finished; returns at

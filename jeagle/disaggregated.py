@@ -52,15 +52,14 @@ class Prefill:
         self._decoder, self._workers, self._program = decoder, itertools.cycle(workers), program
         self._most_groups = len(workers)
         self._capacity, self._chunk, self._rows = capacity, chunk, rows
-        self._groups = deque[Group]()
+        self._coming, self._groups = deque[np.ndarray](), deque[Group]()
 
     def expect(self, prompts: Iterable[np.ndarray]) -> None:
-        """Begin with those who will be seated next, in this order, as far as workers are free. Returns at once."""
-        begun = sum(len(group.prompts) - group.num_taken for group in self._groups)
+        """Who will be seated, in this order, after those who have been told of; workers begin with the first of them.
+        Returns at once."""
         # One token is the root of the first round: there is nothing to fill in.
-        new = itertools.islice((p for p in prompts if len(p) > 1), begun, None)
-        while len(self._groups) < self._most_groups and (group := list(itertools.islice(new, self._rows))):
-            self._groups.append(Group(group, self._begun(group)))
+        self._coming.extend(prompt for prompt in prompts if len(prompt) > 1)
+        self._go_on()
 
     def fill(self, caches: Caches, prompts: Sequence[np.ndarray], places: np.ndarray) -> Caches:
         """As ``Decoder.fill``: ``caches`` with the prompts that have ``places`` in them.
@@ -70,7 +69,8 @@ class Prefill:
         B, R = len(caches.page_table_BM), self._rows
         left = [(prompts[i], i) for i in places if i < len(prompts) and len(prompts[i]) > 1]
         while left:
-            self.expect(prompt for prompt, _ in left)
+            if not self._groups:  # nobody was expected
+                self.expect(prompt for prompt, _ in left)
             group = self._groups[0]
             ready = group.prompts[group.num_taken :]
             now, left = left[: len(ready)], left[len(ready) :]
@@ -82,7 +82,14 @@ class Prefill:
             group.num_taken += len(now)
             if group.num_taken == len(group.prompts):
                 self._groups.popleft()
+                self._go_on()
         return caches
+
+    def _go_on(self) -> None:
+        """Give free workers a group each."""
+        while self._coming and len(self._groups) < self._most_groups:
+            group = [self._coming.popleft() for _ in range(min(self._rows, len(self._coming)))]
+            self._groups.append(Group(group, self._begun(group)))
 
     def _begun(self, prompts: list[np.ndarray]) -> Caches:
         """A group's caches, filled in by the next worker: a promise."""

@@ -20,6 +20,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ class Dispatch:
                     f"candidate {tree_name(plan)} is a dynamic tree; only static ones can be chosen between"
                 )
         numbers = self.gain, self.probe_share, self.half_life
-        if not all(isinstance(number, (int, float)) for number in numbers):
+        if not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
             raise ValueError(f"gain, probe_share and half_life must be numbers, got {numbers}")
         if not self.gain >= 0 or not 0 <= self.probe_share < 1 or not self.half_life > 0:
             raise ValueError(
@@ -320,7 +321,8 @@ def plans_of(
         if asked.trees is None:
             asked = dataclasses.replace(asked, trees=searched)
         dispatcher = Dispatcher(asked, directory=costs)
-        return Plans.always(max(dispatcher.plans, key=lambda plan: plan.num_nodes)), dispatcher
+        # The largest, of those that draft if any does: what is prepared for it serves all.
+        return Plans.always(max(dispatcher.plans, key=lambda p: (bool(p.levels), p.num_nodes))), dispatcher
     if searched is not None and like_here(searched.device) and searched.devices == devices:
         return Plans(searched.greedy.best, searched.sampled.best), None
     # Of a head that brings no trees of its own, or of other devices.

@@ -155,11 +155,8 @@ class LLM:
             head_directory = locate(draft, cache, kind="eagle", target=self._checkpoint)
             check_vocabulary(head_directory, self._checkpoint)
         if draft is None:
-            if isinstance(asked, TreePlan) and asked.levels:
-                raise ValueError(
-                    f"tree {tree_name(asked)!r} needs a head: give a draft, or 'lookup-K', which needs none"
-                )
-            self._plans, self.dispatcher = Plans.always(asked if isinstance(asked, TreePlan) else OFF), None
+            plan = _served(asked, draft) if isinstance(asked, TreePlan) else OFF
+            self._plans, self.dispatcher = Plans.always(plan), None
         else:
             self._plans, self.dispatcher = plans_of(asked, head_directory, devices, cache / "costs")
         if profile is not None and not (self._plans.largest.levels or self.dispatcher):
@@ -202,7 +199,7 @@ class LLM:
 
     @plan.setter
     def plan(self, plan: TreePlan) -> None:
-        self._plans, self.dispatcher = Plans.always(parse_tree(plan)), None
+        self._plans, self.dispatcher = Plans.always(_served(parse_tree(plan), self._decoder.head_config)), None
 
     def plan_for(self, batch: int, *, sampled: bool = False) -> TreePlan:
         """The tree for so many rows; sampled: whether any of them has a temperature."""
@@ -392,3 +389,10 @@ def _fits(target: Llama, chunk: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _served(plan: TreePlan, head: Any) -> TreePlan:
+    """``plan``, if that can be drafted: by a head, or without one by lookups alone."""
+    if head is None and plan.levels:
+        raise ValueError(f"tree {tree_name(plan)!r} needs a head: give a draft, or take 'lookup-K'")
+    return plan

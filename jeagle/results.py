@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jeagle.decode import FINISH_REASONS
 from jeagle.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from jeagle.serving import Finished
+from jeagle.serving import Finished, spoken
 from jeagle.text import Detokenizer, Tokenizer
 
 __all__ = ["request_output", "summed"]
@@ -40,8 +41,8 @@ def request_output(
     for f in finished:
         text = f.text
         if text is None:
-            spoken = f.token_ids[:-1] if isinstance(f.stop_reason, int) else f.token_ids  # not the stop id, as in vLLM
-            text = "" if tokenizer is None else decode_all(tokenizer, prompt_ids, spoken)
+            said = spoken(f.row, f.token_ids, FINISH_REASONS.index(f.finish_reason))
+            text = "" if tokenizer is None else decode_all(tokenizer, prompt_ids, said)
         completions.append(
             CompletionOutput(f.row.sample, text, f.token_ids, f.finish_reason, f.stop_reason, f.logprobs)
         )

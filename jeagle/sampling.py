@@ -39,9 +39,6 @@ __all__ = [
 ]
 
 
-UNSAID = float("0")  # known by being this very object: nobody has said a temperature
-
-
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """What to generate for one prompt. Names and meanings follow vLLM, but for two defaults: 128 tokens (16 there), and
@@ -54,7 +51,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 128
-    temperature: float = UNSAID
+    temperature: float = None  # type: ignore[assignment]  # which becomes 0; filters ask whether it was given
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -72,6 +69,9 @@ class SamplingParams:
             if not isinstance(value, (list, tuple)):
                 raise ValueError(f"{field} must be a list, got {value!r}")
             object.__setattr__(self, field, tuple(value))
+        unsaid = self.temperature is None
+        if unsaid:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
 
@@ -104,7 +104,7 @@ class SamplingParams:
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, int(getattr(self, field)))
         asked = dict(top_k=self.top_k > 0, top_p=self.top_p < 1, min_p=self.min_p > 0)
-        if self.temperature is UNSAID and any(asked.values()):
+        if unsaid and any(asked.values()):
             field = next(field for field, given in asked.items() if given)
             raise ValueError(
                 f"{field}={getattr(self, field)} needs a temperature, which is 0 (greedy) unless it is given: say "
@@ -286,7 +286,7 @@ def resolve_sampler(name: str, *, whole: bool = True, platform: str | None = Non
     """
     if name == "auto":
         return "pallas" if whole and (platform or jax.default_backend()) == "gpu" else "xla"
-    if name not in SAMPLERS:
+    if name not in tuple(SAMPLERS):
         raise ValueError(f"sampler {name!r} is unknown; choose one of {['auto', *SAMPLERS]}")
     return name
 

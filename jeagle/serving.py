@@ -76,6 +76,7 @@ def serve(
     after every launch, when those that have finished are handed out.
     """
     waiting, seats = deque(queue), dict[int, Seat]()
+    course.expect(row.prompt for row in queue)
     quota = max(1, int(FREE * places))
     while waiting or seats:
         if waiting and len(seats) <= places - min(quota, len(waiting)):
@@ -103,11 +104,9 @@ def serve(
 def _seated(course: Course, waiting: deque[Row], free: list[int], detokenizer) -> dict[int, Seat]:
     """The next rows in the free places, prefilled."""
     began = time.perf_counter()
-    course.expect(row.prompt for row in waiting)
     rows = {place: waiting.popleft() for place in free[: len(waiting)]}
     batch = make_batch(rows, course.bucket)
     jax.block_until_ready(course.seat(batch, np.array(list(rows)), queued=bool(waiting)))
-    course.expect(row.prompt for row in waiting)
     now = time.perf_counter()
     return {place: Seat(row, detokenizer(row), now - began, now) for place, row in rows.items()}
 
@@ -160,8 +159,9 @@ def _finished(
 
 def spoken(row: Row, token_ids: list[int], finish: int) -> list[int]:
     """Of a row's newest tokens those that have a say in its text: the stop id that ended it has none, as in vLLM."""
-    ended = finish == FINISH_REASONS.index("stop") and token_ids and token_ids[-1] in row.params.stop_token_ids
-    return token_ids[:-1] if ended else token_ids
+    if finish == FINISH_REASONS.index("stop") and token_ids and token_ids[-1] in row.params.stop_token_ids:
+        return token_ids[:-1]
+    return token_ids
 
 
 def emitted(text_S: np.ndarray, row: Row, count: int, since: int = 0) -> list[int]:

@@ -52,10 +52,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     pre-tokenizer, which loses every space where byte-level checkpoints say LlamaTokenizer (DeepSeek-R1-Distill-Llama).
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it misses PyTorch, aloud
-    from transformers import (
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-    )  # seconds to import; who gives ids to a model without one never needs it
+    # Seconds to import, for which who gives ids to a model without a tokenizer need not wait.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
     try:
@@ -154,9 +152,10 @@ class Detokenizer:
     def push(self, token_ids: list[int]) -> str:
         """Add ids; returns the newly released text."""
         before = self._released
-        # Whatever may end at a stop string is read token by token, else all at once: each time costs two decodings.
-        steps = [[token] for token in token_ids] if self._stop else [token_ids] if token_ids else []
-        for step in steps:
+        # All at once where that can be: each time costs two decodings. Token by token what may end at a stop string,
+        # or holds broken characters: some tokenizers break a whole run of bytes for one of them.
+        whole = not self._stop and "\ufffd" not in self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        for step in [token_ids] if whole else [[token] for token in token_ids]:
             if self.stop_reason is not None:
                 break
             self._ids += step

@@ -160,6 +160,9 @@ class StaticTree:
         return tuple(levels)
 
 
+MOST_CANDIDATES = 1 << 20  # children of all levels that a dynamic tree chooses from
+
+
 @dataclass(frozen=True)
 class DynamicTree:
     """EAGLE-2 (arXiv:2406.16858): expand the ``top_k`` best nodes per level, then keep the ``num_nodes`` - 1 best of
@@ -174,6 +177,8 @@ class DynamicTree:
         _check_lookup(self.lookup)
         if self.depth < 1 or self.top_k < 1 or self.total < 2:
             raise ValueError(f"a dynamic tree needs depth >= 1, top_k >= 1 and total >= 2 nodes, got {self}")
+        if min(self.depth, self.total) * self.top_k**2 > MOST_CANDIDATES:
+            raise ValueError(f"a dynamic tree may look at {MOST_CANDIDATES} candidates at most, got {self}")
 
     @property
     def num_nodes(self) -> int:

@@ -33,7 +33,10 @@ class Plan(NamedTuple):
 
 def compute_capability() -> float:
     """Of JAX's first device; HOPPER where that is no NVIDIA GPU."""
-    return float(getattr(jax.devices()[0], "compute_capability", HOPPER))
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", HOPPER))
+    except ValueError:  # AMD's have names
+        return HOPPER
 
 
 def little_shared() -> bool:

@@ -24,7 +24,7 @@ from jeagle.plan_command import COMPILE_ENVIRONMENT
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
 parser.add_argument("recipe", help="a TOML file; see scripts/recipes")
-parser.add_argument("--shape", help="of the target, by name (llama-3.1-8b, ..), where the recipe names no directory")
+parser.add_argument("--shape", help="of the target, by name (llama-3.1-8b, ..); else the recipe's, a directory")
 parser.add_argument("--gpu", default="h100", choices=["h100", "h200"])
 parser.add_argument("--devices", type=int, default=1)
 parser.add_argument("--plugin", type=Path, help="folder that jax-cuda13-plugin and -pjrt were installed to")

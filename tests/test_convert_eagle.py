@@ -299,6 +299,8 @@ def test_the_drafts_own_rope_is_kept():
     assert parse_rope({"rope_scaling": inside, "rope_parameters": default}) == (5e5, expected)
     assert parse_rope({"rope_scaling": default, "rope_parameters": inside}) == (7e4, None)
     theirs = {"rope_scaling": {"rope_type": "llama3", **llama3}, "rope_parameters": default, "rope_theta": 1e4}
+    assert parse_rope(theirs) == (1e4, expected)
+    del theirs["rope_theta"]  # where transformers would take its class's default
     assert parse_rope(theirs) == (7e4, expected)
     for length in (0, -1, 1e308, 8192.5):
         with pytest.raises(ConversionError, match="original_max_position_embeddings must be a positive integer"):

@@ -15,7 +15,7 @@ from test_exactness import CAPACITY, PAGE, markov_head, markov_target
 from test_serving import OPTIONS, QUIET, assert_same_logprobs, requests, told
 from test_sharding import pair as wide_pair
 
-from jeagle import LLM, SamplingParams, sharding
+from jeagle import LLM, SamplingParams, serving, sharding
 from jeagle.checkpoint_writer import save
 from jeagle.decode import Program
 from jeagle.decoder import Decoder
@@ -52,7 +52,7 @@ def wanted(pair):
 def test_what_a_row_gets_does_not_depend_on_where_its_prompt_was_filled_in(
     pair, wanted, data, tensor, workers, places, tree
 ):
-    """Nor how many drafts are kept: the head's cache travels, too, and the feature it goes on from."""
+    """Nor how many drafts are kept."""
     parallel = dict(data_parallel_size=data, tensor_parallel_size=tensor, prefill_workers=workers)
     llm = LLM(*pair, tree=tree, max_batch_size=places, **parallel, **OPTIONS)
     outputs = llm.generate(*requests(), **QUIET)
@@ -65,6 +65,7 @@ def test_what_a_row_gets_does_not_depend_on_where_its_prompt_was_filled_in(
 
 
 def test_fp8_caches_travel_with_their_scales_and_a_whole_head_to_every_device():
+    """And so does the feature that it goes on from: this head's drafts depend on all of it."""
     target, head = wide_pair(num_kv_heads=2)  # repeated, four times
     options = dict(tree="chain-2", kv_cache_dtype="fp8", max_batch_size=2, **OPTIONS)
     prompts = [[5, 6, 7], [8], [9] * 20, [10, 11], [12] * 17]
@@ -75,7 +76,7 @@ def test_fp8_caches_travel_with_their_scales_and_a_whole_head_to_every_device():
 
 
 def test_under_trees_that_change_with_every_launch(pair, wanted, monkeypatch):
-    """Prompts are filled in for the head while the decoder has dropped it, and the other way round."""
+    """Prompts are filled in for the head while the decoder has dropped it."""
     plans = itertools.cycle(Dispatch(candidates=["chain-1", "chain-3"]).plans)
 
     def choose(self, setting, refilled):
@@ -117,6 +118,17 @@ def test_workers_begin_before_there_is_a_place(pair, monkeypatch):
     assert len({worker for _, worker, _ in fills}) == 2 and fills[0][1] == fills[2][1]
 
 
+def test_groups_are_full(pair, monkeypatch):
+    """Whoever is seated, as many wait for a worker side by side as can: little of a prefill is padding."""
+    sizes = []
+    begun = Prefill._begun
+    monkeypatch.setattr(Prefill, "_begun", lambda self, prompts: sizes.append(len(prompts)) or begun(self, prompts))
+    llm = LLM(*pair, tree="off", max_batch_size=4, prefill_workers=1, **OPTIONS)
+    monkeypatch.setattr(serving, "FREE", 0.75)
+    llm.generate([[3] * (2 + i % 9) for i in range(22)], SamplingParams(max_tokens=5, ignore_eos=True), **QUIET)
+    assert sizes == [4] * 5 + [2]
+
+
 def test_rows_of_an_abandoned_call_are_not_served_to_the_next(pair, monkeypatch):
     llm = LLM(*pair, tree="chain-2", max_batch_size=2, prefill_workers=1, **OPTIONS)
     prompts, params = requests()
@@ -142,7 +154,7 @@ def test_prompts_in_another_order(pair):
         prefill.fill(caches, [other, one], np.arange(2))
 
 
-@pytest.mark.parametrize(("data", "kv_cache_dtype"), [(1, None), (4, "float8_e4m3fn")])
+@pytest.mark.parametrize(("data", "kv_cache_dtype"), [(1, "float8_e4m3fn"), (4, None)])
 def test_prompts_are_put_into_caches_in_place(data, kv_cache_dtype):
     """And where rows are split every device keeps its own: nothing is gathered."""
     target, head = wide_pair()

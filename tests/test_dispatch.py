@@ -11,7 +11,7 @@ from test_exactness import markov_head, markov_target
 from jeagle import LLM, SamplingParams
 from jeagle.acceptance import LOOKUP_SHARE, Acceptance, Rates, expected_tokens
 from jeagle.costs import CostTable, Setting
-from jeagle.dispatch import PROBE_ROUNDS, Dispatch, Dispatcher, seconds_with_lookups
+from jeagle.dispatch import PROBE_ROUNDS, Dispatch, Dispatcher, plans_of, seconds_with_lookups
 from jeagle.tree import OFF, StaticTree, parse_tree
 
 CHAIN_1, CHAIN_3 = StaticTree.chain(1), StaticTree.chain(3)
@@ -271,6 +271,12 @@ def test_a_probe_finds_that_drafts_pay_again() -> None:
 def test_options_that_cannot_be(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Dispatch(**options)
+
+
+def test_what_is_prepared_serves_every_candidate(tmp_path) -> None:
+    """A head's caches are filled for the largest plan: one that drafts, be a lookup larger."""
+    plans, dispatcher = plans_of(Dispatch(candidates=["chain-1", "lookup-8"]), None, (1, 1), tmp_path)
+    assert dispatcher is not None and plans.largest == parse_tree("chain-1")
 
 
 def test_a_table_without_a_candidate() -> None:

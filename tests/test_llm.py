@@ -261,6 +261,8 @@ def test_more_logprobs_than_tokens():
     assert [len(step) for step in out.outputs[0].logprobs] == [4] * 3
     llm.plan = "lookup-2"  # as LLM's argument
     assert llm.generate([1, 2], SamplingParams(max_tokens=3), **QUIET)[0].metrics.tree == "lookup-2"
+    with pytest.raises(ValueError, match="tree 'chain-1' needs a head"):
+        llm.plan = "chain-1"
 
 
 def test_chat(reciter):

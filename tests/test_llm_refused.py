@@ -107,6 +107,7 @@ def test_refused_parameters_and_conversations(reciter):
         (dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1, got 0"),
         (dict(attention="magic"), "attention implementation 'magic' is unknown"),
         (dict(sampler="magic"), "sampler 'magic' is unknown"),
+        (dict(sampler=["xla"]), "sampler ['xla'] is unknown"),
         (dict(model=5), "model must be a path, a hub name or of type Llama, got int"),
         (dict(model=HEAD), "model must be a path, a hub name or of type Llama, got EagleHead"),
         (dict(draft=b"x"), "draft must be a path, a hub name or of type EagleHead, got bytes"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jeagle import cli
+from jeagle import cli, compile_only
 from jeagle.config import ConfigError
 from jeagle.devices import DEVICES
 from jeagle.floor import Job
@@ -197,3 +197,37 @@ def test_an_extra_that_is_missing(module, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     assert cli.main([*MAVERICK, "--picture", str(tmp_path / "plan.png")]) == 1
     assert f"error: {module} is not installed; run: pip install 'jeagle[plan]'\n" == capsys.readouterr().err
+
+
+def test_a_rounds_kernels_are_those_of_all_branches():
+    """Which one a round takes, the compiled text does not say."""
+    text = """
+%head (x: f32[]) -> f32[] {
+  ROOT %dot = f32[] custom-call(%x), custom_call_target="head"
+}
+
+%lookup (x: f32[]) -> f32[] {
+  ROOT %copy = f32[] copy(%x)
+}
+
+%inside (x: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%x, %x)
+}
+
+%body (x: f32[]) -> f32[] {
+  %fused = f32[] fusion(%x), kind=kLoop, calls=%inside
+  ROOT %r = f32[] conditional(%p, %x, %x), branch_computations={%lookup, %head}
+}
+
+%condition (x: f32[]) -> pred[] {
+  ROOT %t = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  ROOT %loop = f32[] while(%x), condition=%condition, body=%body
+}
+"""
+    other = text.replace("branch_computations={%lookup, %head}", "true_computation=%lookup, false_computation=%head")
+    for compiled in (text, other):
+        body = compile_only._loop_body(compiled)
+        assert "%body (x" in body and "%lookup (x" in body and "%head (x" in body and "%inside (x" not in body

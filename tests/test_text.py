@@ -133,6 +133,14 @@ def test_a_prompt_whose_last_ids_begin_inside_a_character(prompt):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", clean_up_tokenization_spaces=False)
     detokenizer = Detokenizer(tokenizer, prompt_ids=tokenizer(prompt).input_ids)
     assert detokenizer.push([257, 258]) == " the word"
+    # A last byte that is missing, or one that is wrong, costs no whole character before it.
+    cut, broken = (tokenizer(" word中文很好").input_ids[:-1], [*tokenizer("🙂🙂").input_ids[:-1], 259])
+    for ids in (cut, broken):
+        texts = []
+        for pieces in ([ids], [[i] for i in ids], [ids[:4], ids[4:]]):
+            detokenizer = Detokenizer(tokenizer, prompt_ids=tokenizer("a").input_ids)
+            texts.append("".join(map(detokenizer.push, pieces)) + detokenizer.finish())
+        assert texts[0] == texts[1] == texts[2] and texts[0].rstrip("a").rstrip("\ufffd").endswith(("很", "🙂"))
 
 
 def test_special_tokens_are_not_text():

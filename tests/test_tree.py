@@ -57,6 +57,15 @@ def test_bad_paths_are_refused(paths, message):
         StaticTree(paths)
 
 
+def test_numbers_have_bounds():
+    for name in ("chain-1025", "lookup-99999999999", "chain-3+lookup-2000", "dynamic-2-3-5000"):
+        with pytest.raises(ValueError, match="is too large; its numbers may go up to 1024"):
+            parse_tree(name)
+    with pytest.raises(ValueError, match="candidates at most"):
+        parse_tree("dynamic-1024-1024-1024")
+    assert parse_tree("dynamic-2-300-400").num_nodes == 400 and parse_tree("chain-1024").num_nodes == 1025
+
+
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (1, 0, 2), (1, 1, 1)])
 def test_bad_dynamic_trees_are_refused(numbers):
     with pytest.raises(ValueError, match="needs depth >= 1, top_k >= 1 and total >= 2"):

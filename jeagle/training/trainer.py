@@ -143,12 +143,15 @@ class Trainer:
         run = self.recipe.run
         last = run.steps if until is None else min(until, run.steps)
         begin = self.step
-        rows = self.loader[begin]
+        if begin < last:
+            rows = self.loader[begin]
         for step in range(begin, last):
             began = time.perf_counter()
             with explained(SMALLER_STEPS):
                 self.state, report = self._step(self.state, rows)
-                tokens, rows = int((rows.segment_BT > 0).sum()), self.loader[step + 1]  # while the device is at work
+                tokens = int((rows.segment_BT > 0).sum())
+                if step + 1 < last:
+                    rows = self.loader[step + 1]  # while the device is at work
                 report = jax.device_get(report)
             seconds = time.perf_counter() - began
             self._check_finite(step, report)
