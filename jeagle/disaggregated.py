@@ -1,4 +1,4 @@
-"""Disaggregated prefill: some devices fill prompts into caches while the others decode (arXiv:2508.08192, section 2).
+"""Disaggregated prefill: some devices fill prompts into caches while the others decode (arXiv:2508.08192).
 
 A **worker** is a decoder's double, with weights of its own on devices of its own. What travels from it to the decoder
 are the pages that hold a prompt's keys and values, the target's and the head's, and the target's feature of the last

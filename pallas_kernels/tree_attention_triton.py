@@ -96,6 +96,9 @@ def launches(start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_m
     _, num_pages, page_size, _ = pages_k.shape
     U, M = k_BUKH.shape[1], page_table_BM.shape[1]
     p = plan(B=B, T=T, K=K, G=G, H=H, capacity=M * page_size, dtype=q_BTKGH.dtype)
+    if q_BTKGH.dtype == jnp.float32:
+        # Exact float32 products take no tensor cores, and at 32 keys a step more registers than 8 warps have.
+        p = p._replace(keys=16)
     lead = (p.splits,) if p.splits > 1 else ()
     whole = [jax.ShapeDtypeStruct((B, T, K, G, H), q_BTKGH.dtype), jax.ShapeDtypeStruct((B, T, K, G), jnp.float32)]
     parts = [jax.ShapeDtypeStruct((*lead, *x.shape), jnp.float32) for x in whole]
@@ -105,9 +108,7 @@ def launches(start_B, length_B, page_table_BM, q_BTKGH, k_BUKH, v_BUKH, suffix_m
         splits=p.splits,
     )  # fmt: skip
     grid = (B * K, -(-T * G // p.rows), p.splits)
-    # Exact float32 products take no tensor cores, and with 4 warps more registers than there are.
-    warps = 8 if q_BTKGH.dtype == jnp.float32 else p.warps
-    attend = Launch(tree_attention_attend, grid, parts if lead else whole, constants, warps, p.stages)
+    attend = Launch(tree_attention_attend, grid, parts if lead else whole, constants, p.warps, p.stages)
     if not lead:
         return [attend]
     num_queries = prod(whole[1].shape)

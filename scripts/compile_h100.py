@@ -41,7 +41,7 @@ from jeagle.attention import IMPLEMENTATIONS
 from jeagle.checkpoint import abstract
 from jeagle.config import EagleConfig
 from jeagle.decode import Program
-from jeagle.decoder import Decoder
+from jeagle.decoder import Decoder, precision_of
 from jeagle.fp8 import FP8
 from jeagle.llama4_config import Llama4Config
 from jeagle.sampling import resolve_sampler
@@ -69,28 +69,30 @@ GRAPHS = {"plain", "chain of 3, lookup"}
 def attention_kernels(name: str) -> list[dict[str, Any]]:
     """One implementation at decoding shapes of Llama 3 8B (8 kv heads of 128, 4 query heads each) and SmolLM2."""
     rows = []
-    for B, T, K, G, H, page_size, eight_bit in [
-        (1, 1, 8, 4, 128, 64, False),
-        (1, 16, 8, 4, 128, 64, False),
-        (1, 64, 8, 4, 128, 64, False),
-        (1, 64, 8, 4, 128, 64, True),
-        (8, 32, 8, 4, 128, 16, False),
-        (64, 4, 8, 4, 128, 256, False),
-        (1, 8, 3, 3, 64, 64, False),
+    for B, T, K, G, H, page_size, kept, dtype in [
+        (1, 1, 8, 4, 128, 64, "bfloat16", "bfloat16"),
+        (1, 16, 8, 4, 128, 64, "bfloat16", "bfloat16"),
+        (1, 64, 8, 4, 128, 64, "bfloat16", "bfloat16"),
+        (1, 64, 8, 4, 128, 64, "float8_e4m3fn", "bfloat16"),
+        (1, 64, 8, 4, 128, 64, "float32", "float32"),
+        (8, 32, 8, 4, 128, 16, "bfloat16", "bfloat16"),
+        (64, 4, 8, 4, 128, 256, "bfloat16", "bfloat16"),
+        (1, 8, 3, 3, 64, 64, "bfloat16", "bfloat16"),
     ]:
-        M = 8192 // page_size
-        pages = jax.ShapeDtypeStruct((K, B * M, page_size, H), jnp.float8_e4m3fn if eight_bit else jnp.bfloat16)
-        new = jax.ShapeDtypeStruct((B, T, K, H), jnp.bfloat16)
+        M, eight_bit = 8192 // page_size, kept == "float8_e4m3fn"
+        pages = jax.ShapeDtypeStruct((K, B * M, page_size, H), kept)
+        new = jax.ShapeDtypeStruct((B, T, K, H), dtype)
         per_row = jax.ShapeDtypeStruct((B,), jnp.int32)
         arguments = (
-            jax.ShapeDtypeStruct((B, T, K, G, H), jnp.bfloat16),
+            jax.ShapeDtypeStruct((B, T, K, G, H), dtype),
             *(new, new, jax.ShapeDtypeStruct((1, T, T), jnp.bool_)),
             *(pages, pages, jax.ShapeDtypeStruct((B, M), jnp.int32), per_row, per_row),
             (jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32),) * 2 if eight_bit else None,
         )
         row = dict(what=name, B=B, T=T, K=K, G=G, H=H, page_size=page_size, pages=str(pages.dtype))
         try:
-            compiled = compile_for_h100(jax.jit(IMPLEMENTATIONS[name]), *arguments)
+            with jax.default_matmul_precision(precision_of(jnp.dtype(dtype), "gpu") or "default"):
+                compiled = compile_for_h100(jax.jit(IMPLEMENTATIONS[name]), *arguments)
         except (NotImplementedError, ImportError) as error:
             rows.append(row | dict(refused=str(error)))
             continue
