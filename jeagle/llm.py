@@ -193,8 +193,8 @@ class LLM:
 
     @property
     def plan(self) -> TreePlan:
-        """The tree that is drafted; of several, for different batch sizes or for a dispatcher to choose from, the
-        largest."""
+        """The tree that is drafted; of several, for different batch sizes, the largest, and of those that a dispatcher
+        chooses from the largest that drafts."""
         return self._plans.largest
 
     @plan.setter
